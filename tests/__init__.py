@@ -1,0 +1,1 @@
+"""Tests of nemo2: pure, fake process group, worker pool, GPU."""

@@ -1,0 +1,23 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.pool import Pool
+
+
+@pytest.fixture(scope="session")
+def pool(pytestconfig: pytest.Config) -> Iterator[Pool]:
+    """Worker processes for distributed tests; NEMO2_TEST_DEVICE=cuda runs them on GPUs."""
+    workers = Pool(
+        device=os.environ.get("NEMO2_TEST_DEVICE", "cpu"),
+        filters=tuple(pytestconfig.getini("filterwarnings")),
+    )
+    atexit.register(workers.close)  # an interrupted session leaves no process behind
+    yield workers
+    workers.close()
