@@ -164,7 +164,7 @@ class Pool:
 
     def _collect(self, workers: Sequence[Worker], timeout: float) -> list[Any]:
         results: dict[int, Any] = {}
-        failures: dict[int, str] = {}
+        failures: dict[int, tuple[float, str]] = {}  # rank -> (when, traceback)
         for worker in workers:
             worker.ready = False
         deadline = time.monotonic() + timeout
@@ -179,13 +179,17 @@ class Pool:
                 break
             for pipe in arrived:
                 rank = pending[pipe]  # type: ignore[index]
-                ok, value = _receive(workers[rank])
-                (results if ok else failures)[rank] = value
+                ok, value, when = _receive(workers[rank])
+                if ok:
+                    results[rank] = value
+                else:
+                    failures[rank] = when, value
             if failures:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         hung = [r for r in range(len(workers)) if r not in results and r not in failures]
         if failures or hung:
-            self._fail(workers, failures, hung, timeout)
+            texts = {rank: failures[rank][1] for rank in sorted(failures, key=failures.__getitem__)}
+            self._fail(workers, texts, hung, timeout)
         for worker in workers:
             worker.pipe.send("end")
         return [results[rank] for rank in range(len(workers))]
@@ -209,16 +213,17 @@ class Pool:
         raise RuntimeError("\n".join(lines))
 
 
-def _receive(worker: Worker) -> tuple[bool, Any]:
-    """Return (ok, value) of a rank that answered, or what ended its process."""
+def _receive(worker: Worker) -> tuple[bool, Any, float]:
+    """Return (ok, value, when) of a rank that answered, or what ended its process."""
     try:
-        ok, data = worker.pipe.recv()
+        ok, data, when = worker.pipe.recv()
     except (EOFError, OSError):
         worker.process.join(10)
         worker.pipe.close()
-        return False, f"the process ended with exit code {worker.process.exitcode}"
+        # Dated first: a rank that is killed is why others fail, never the other way round.
+        return False, f"the process ended with exit code {worker.process.exitcode}", 0.0
     worker.ready = True
-    return ok, pickle.loads(data) if ok else data
+    return ok, pickle.loads(data) if ok else data, when
 
 
 def _serve(pipe: Connection, stacks: str) -> None:
@@ -251,9 +256,9 @@ def _perform(pipe: Connection, job: Job) -> None:
         failed = False
     except BaseException:  # SystemExit and pytest's outcomes are failures of the rank, too
         answer = False, traceback.format_exc()
+    pipe.send((*answer, time.monotonic()))  # before peers can notice, so that this rank is first
     if failed:
         _leave(failed)
-    pipe.send(answer)
     if pipe.recv() == "end" and not failed:  # the other ranks have finished, too
         _leave(failed)
 

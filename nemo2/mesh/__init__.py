@@ -1,0 +1,15 @@
+"""Named axes, sizes, coordinates and groups of a mesh; the guard against ranks that die."""
+
+from nemo2.mesh.groups import MeshGroups, new_group
+from nemo2.mesh.make import make_mesh
+from nemo2.mesh.sizes import AXES, MeshSizes, fit_sizes, parse_sizes
+
+__all__ = [
+    "AXES",
+    "MeshGroups",
+    "MeshSizes",
+    "fit_sizes",
+    "make_mesh",
+    "new_group",
+    "parse_sizes",
+]
