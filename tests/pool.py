@@ -102,6 +102,7 @@ class Pool:
         Raises: RuntimeError with the traceback of the first rank that failed, or with the stacks
         of the ranks that hang after ``timeout`` seconds (spawning not counted).
         """
+        __tracebackhide__ = True
         if self.device == "cuda" and world_size > torch.cuda.device_count():
             pytest.skip(f"needs {world_size} GPUs, has {torch.cuda.device_count()}")
         workers = self._ready(world_size)
@@ -163,6 +164,7 @@ class Pool:
         return Worker(process, ours, Path(name))
 
     def _collect(self, workers: Sequence[Worker], timeout: float) -> list[Any]:
+        __tracebackhide__ = True
         results: dict[int, Any] = {}
         failures: dict[int, tuple[float, str]] = {}  # rank -> (when, traceback)
         for worker in workers:
@@ -197,6 +199,7 @@ class Pool:
     def _fail(
         self, workers: Sequence[Worker], failures: dict[int, str], hung: list[int], timeout: float
     ) -> None:
+        __tracebackhide__ = True
         lines = [f"world size {len(workers)}"]
         if failures:
             lines.append(f"ranks that failed, first to last: {list(failures)}")
@@ -252,6 +255,8 @@ def _perform(pipe: Connection, job: Job) -> None:
         with _warnings_as_configured(job.filters):
             _join(job)
             fn, args, kwargs = pickle.loads(job.call)
+            torch.manual_seed(0)  # after the imports of the test file, which may draw numbers
+            random.seed(0)
             answer = True, pickle.dumps(fn(*args, **kwargs))
         failed = False
     except BaseException:  # SystemExit and pytest's outcomes are failures of the rank, too
@@ -306,8 +311,6 @@ def _clean_state() -> Iterator[None]:
     """Give each job the same starting point, and undo its changes of global settings."""
     environment, dtype = dict(os.environ), torch.get_default_dtype()
     deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.manual_seed(0)
-    random.seed(0)
     try:
         yield
     finally:

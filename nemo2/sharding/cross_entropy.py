@@ -1,0 +1,209 @@
+"""``F.cross_entropy`` on logits whose classes are split over an axis, without gathering them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo2.errors import ShardingError
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """Which classes this rank holds along ``dim``, and how per-token values are summed."""
+
+    group: dist.ProcessGroup | None
+    rank: int
+    degree: int
+    total: int
+    dim: int
+
+    @property
+    def start(self) -> int:
+        return self.rank * (self.total // self.degree)
+
+    @property
+    def count(self) -> int:
+        return self.total // self.degree
+
+    def all_reduce(self, value: Tensor, op: Any) -> Tensor:
+        if self.degree > 1:
+            dist.all_reduce(value, op, group=self.group)
+        return value
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    group: dist.ProcessGroup | None,
+    rank: int,
+    degree: int,
+    vocab_size: int,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Return what ``F.cross_entropy`` returns on the gathered logits, the same on every rank.
+
+    The gradient is that of this rank's classes. Computed in float32 (float64 for float64); the
+    logits, not the probabilities, are kept for backward.
+
+    Args:
+        logits: local shape (C / degree), (N, C / degree) or (N, C / degree, d1, ...), any float
+            dtype: classes [rank * C / degree, (rank + 1) * C / degree).
+        target: global class indices, shape of the logits without the class dim, the same on all
+            ranks of the group.
+        group: ranks that hold the other classes; not used if ``degree`` is 1.
+        rank: this rank's coordinate in the group.
+        degree: number of ranks that share the classes.
+        vocab_size: C, the global number of classes.
+        weight: weight of each class, global shape (C), the same on all ranks.
+        ignore_index: targets of this value count neither in the loss nor in the mean.
+        reduction: "mean" (over weights of targets that count), "sum" or "none".
+        label_smoothing: in [0, 1], as in ``F.cross_entropy``.
+
+    Returns:
+        a replicated loss: zero-dimensional, or of the target's shape for "none".
+
+    Communication: forward two all-reduces, of 1 and of 2 (3 with smoothing) floats per token;
+    backward none.
+    Raises: ShardingError for probabilities as target, or shapes that do not fit together.
+    """
+    classes = _Classes(group, rank, degree, vocab_size, dim=1 if logits.dim() > 1 else 0)
+    _check(logits, target, classes, weight)
+    if reduction not in ("mean", "sum", "none"):
+        raise ShardingError(f"reduction={reduction!r}; use 'mean', 'sum' or 'none'")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ShardingError(f"label_smoothing={label_smoothing} is not between 0 and 1")
+    valid = target != ignore_index
+    inside = (target >= 0) & (target < vocab_size)
+    torch._assert_async(  # a plain assert would wait for the GPU
+        (inside | ~valid).all(),
+        f"cross_entropy: a target is neither in [0, {vocab_size}) nor ignore_index={ignore_index}",
+    )
+    safe = torch.where(valid, target, 0).long()
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    counted = valid.to(dtype) if weight is None else weight.to(dtype)[safe] * valid
+    losses: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
+        logits, safe, valid, counted, weight, label_smoothing, classes
+    )
+    if reduction == "sum":
+        losses = losses.sum()
+    elif reduction == "mean":
+        losses = losses.sum() / counted.sum()
+    autocast = torch.is_autocast_enabled(logits.device.type)  # there F.cross_entropy is float32
+    return losses if autocast else losses.to(logits.dtype)
+
+
+class _Loss(torch.autograd.Function):
+    """The loss of each token: its weighted negative log-likelihood, mixed with the smooth part.
+
+    With probabilities p, class weights w, smoothing e and C classes, a token of class y has
+
+        loss = (1 - e) w_y (-log p_y) + (e / C) sum_c w_c (-log p_c)
+        d loss / d z_c = scale p_c - (1 - e) w_y [c = y] - (e / C) w_c
+        scale = (1 - e) w_y + (e / C) sum_c w_c
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        valid: Tensor,
+        counted: Tensor,
+        weight: Tensor | None,
+        smoothing: float,
+        classes: _Classes,
+    ) -> Tensor:
+        dim = classes.dim
+        top = logits.detach().amax(dim, keepdim=True).to(counted.dtype)
+        classes.all_reduce(top, dist.ReduceOp.MAX)
+        shifted = logits.detach().to(counted.dtype, copy=True).sub_(top)
+        index, mine = _local(target, classes)
+        parts = [torch.where(mine, shifted.gather(dim, index), 0)]
+        smooth = _smooth_weight(weight, smoothing, classes, shifted)
+        if smooth is not None:
+            parts.append((shifted * smooth[0]).sum(dim, keepdim=True))
+        parts.append(shifted.exp_().sum(dim, keepdim=True))
+        sums = classes.all_reduce(torch.stack(parts), dist.ReduceOp.SUM)
+        log_sum = sums[-1].log()
+        loss = (1 - smoothing) * counted * (log_sum - sums[0]).squeeze(dim)
+        if smooth is not None:
+            loss += (smooth[1] * log_sum - sums[1]).squeeze(dim)
+        ctx.save_for_backward(logits, top + log_sum, target, valid, counted, weight)
+        ctx.smoothing, ctx.classes = smoothing, classes
+        return torch.where(valid, loss, 0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, log_norm, target, valid, counted, weight = ctx.saved_tensors
+        smoothing, classes = ctx.smoothing, ctx.classes
+        dim = classes.dim
+        index, mine = _local(target, classes)
+        grad = torch.where(valid, grad, 0).unsqueeze(dim)  # also where a mean over nothing is nan
+        hit = (1 - smoothing) * counted.unsqueeze(dim) * grad
+        out = logits.to(counted.dtype, copy=True).sub_(log_norm).exp_()
+        smooth = _smooth_weight(weight, smoothing, classes, out)
+        if smooth is None:
+            out.mul_(hit)
+        else:
+            out.mul_(hit + smooth[1] * grad).sub_(smooth[0] * grad)
+        out.scatter_add_(dim, index, torch.where(mine, -hit, 0))
+        return out.to(logits.dtype), None, None, None, None, None, None
+
+
+def _local(target: Tensor, classes: _Classes) -> tuple[Tensor, Tensor]:
+    """Return (index into the local classes, whether the class is one of them), class dim kept."""
+    index = target.unsqueeze(classes.dim) - classes.start
+    mine = (index >= 0) & (index < classes.count)
+    return torch.where(mine, index, 0), mine
+
+
+def _smooth_weight(
+    weight: Tensor | None, smoothing: float, classes: _Classes, like: Tensor
+) -> tuple[Tensor | float, Tensor | float] | None:
+    """Return (e / C) w of the local classes, shaped to broadcast, and its sum over all classes."""
+    if smoothing == 0.0:
+        return None
+    share = smoothing / classes.total
+    if weight is None:
+        return share, smoothing
+    scaled = weight.to(like.dtype) * share
+    shape = [1] * like.dim()
+    shape[classes.dim] = classes.count
+    return scaled.narrow(0, classes.start, classes.count).reshape(shape), scaled.sum()
+
+
+def _check(logits: Tensor, target: Tensor, classes: _Classes, weight: Tensor | None) -> None:
+    if target.is_floating_point():
+        raise ShardingError(
+            f"cross_entropy with probabilities as target (dtype {target.dtype}) on logits split "
+            f"over {classes.degree} ranks is not built\n"
+            "  pass class indices (an integer tensor), with label_smoothing= for soft targets,\n"
+            "  or keep the logits whole: do not shard the weight that makes them"
+        )
+    problems = []
+    local = logits.shape[classes.dim] if logits.dim() else 0
+    if local * classes.degree != classes.total:
+        problems.append(
+            f"dim {classes.dim} of the logits has {local} classes on this rank, "
+            f"{local} * {classes.degree} ranks is not {classes.total}"
+        )
+    expected = [size for dim, size in enumerate(logits.shape) if dim != classes.dim]
+    if list(target.shape) != expected:
+        problems.append(f"the target has shape {tuple(target.shape)}, needs {tuple(expected)}")
+    if weight is not None and tuple(weight.shape) != (classes.total,):
+        problems.append(f"weight has shape {tuple(weight.shape)}, needs ({classes.total},)")
+    if problems:
+        raise ShardingError(
+            f"cross_entropy of logits with local shape {tuple(logits.shape)}:\n  "
+            + "\n  ".join(problems)
+        )
