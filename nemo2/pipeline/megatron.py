@@ -61,19 +61,18 @@ def run_schedule(
 ) -> list[Any]:
     """Run all microbatches of one step and return what the last stage's program returned.
 
-    In training, each parameter's ``.grad`` gains the sum over microbatches of the derivative of
-    the program's scalar: not divided by the number of microbatches or tokens, not multiplied by
-    the context-parallel degree. Grad mode is the caller's; an exception of the program leaves
-    unchanged, and the other stages are then left waiting: abort their groups.
+    In training each ``.grad`` gains the sum over microbatches of the derivative of the program's
+    scalar: not divided by any count, not multiplied by the context-parallel degree. Grad mode is
+    the caller's. An exception of the program leaves unchanged; the other stages are left waiting.
 
     Args:
         microbatches: how many; may be fewer than the stages. The same on every stage.
         pp_group: the stages in order; None when ``pp_size`` is 1.
         device: where the boundary tensors live.
-        incoming: what the previous stage sends; None on the first stage.
-        outgoing: what the next stage receives; None on the last stage.
-        no_sync: entered for the forwards and backwards of all microbatches but the last
-            backward, to keep data-parallel gradient reduction out of them. Not when forward only.
+        incoming, outgoing: what the previous stage sends, None on the first stage, and what the
+            next stage receives, None on the last.
+        no_sync: entered around everything but the last backward, to keep data-parallel gradient
+            reduction out of it. Not when forward only.
         schedule: a key of SCHEDULES; ignored with one stage.
 
     Returns:
@@ -83,44 +82,54 @@ def run_schedule(
     Communication: per boundary and microbatch one send forward (two where tensors without
     gradient go beside those with), and in training one back if any tensor requires grad.
     Raises: PipelineError for counts, schedules or program outputs that do not fit.
-    Source: 1F1B is PipeDream-Flush, section 2.2 of arXiv:2104.04473.
+    Source: 1F1B is PipeDream-Flush, section 2.2.1 of arXiv:2104.04473.
     """
     _check(microbatches, schedule)
     assert (pp_rank == 0) == (incoming is None), "the first stage alone has no incoming boundary"
     assert (pp_rank == pp_size - 1) == (outgoing is None), "the last stage alone sends nothing on"
     megatron = _load()
-    stage = Stage(program, device, pp_rank, incoming, outgoing, forward_only)
     quiet = _Quiet(None if forward_only else no_sync)
     config = _config(megatron, pp_size, incoming, quiet)
-    groups = groups or Groups()
+    stage = Stage(program, device, pp_rank, incoming, outgoing, forward_only)
     communicator = None
     if pp_size > 1:
         assert pp_group is not None
         assert (pp_group.rank(), pp_group.size()) == (pp_rank, pp_size)
         communicator = megatron.communicator(pp_group, config)
         communicator.stage = stage
-    function = getattr(megatron.schedules, SCHEDULES[schedule] if pp_size > 1 else _ONE_STAGE)
+    return _execute(
+        getattr(megatron.schedules, SCHEDULES[schedule] if pp_size > 1 else _ONE_STAGE),
+        stage,
+        quiet,
+        model=_Chunk(config, megatron.model_type),
+        num_microbatches=microbatches,
+        p2p_communicator=communicator,
+        pg_collection=_collection(megatron, pp_group, groups or Groups()),
+    )
+
+
+def _execute(
+    function: Callable[..., list[Any]], stage: Stage, quiet: _Quiet, **arguments: Any
+) -> list[Any]:
+    """Call a schedule of Megatron's, with the user's code outside of our workarounds."""
     with ExitStack() as stack:
         stack.push(quiet.__exit__)  # 1F1B does not leave no_sync when something raises
-        cuda_here = stack.enter_context(_CudaHere(device))
+        cuda_here = stack.enter_context(_CudaHere(stage.device))
 
         def forward_step(_iterator: None, _chunk: _Chunk) -> tuple[Tensor, LossFunction]:
             cuda_here.leave()
             quiet.begin()
             return stage.forward()
 
-        results: list[Any] = function(
+        return function(
             forward_step_func=forward_step,
             data_iterator=None,
-            model=_Chunk(config, megatron.model_type),
-            num_microbatches=microbatches,
-            seq_length=1,  # what Megatron derives from these is not used by our communicator
+            seq_length=1,  # what Megatron derives from these two, our communicator does not use
             micro_batch_size=1,
-            forward_only=forward_only,
-            p2p_communicator=communicator,
-            pg_collection=_collection(megatron, pp_group, groups),
+            forward_only=stage.forward_only,
+            **arguments,
         )
-    return results
+    raise AssertionError("quiet.__exit__ suppresses nothing")
 
 
 def _check(microbatches: int, schedule: str) -> None:
