@@ -1,0 +1,387 @@
+"""The guard against ranks that die: no rank waits for one that will not come back.
+
+Each rank tells the store that it lives, looks whether others do, and whether one of them left a
+record of its failure. The first record wins, so that every survivor names the same rank.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import multiprocessing.util
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store, _world
+
+from nemo2.errors import Nemo2Error
+
+NEIGHBOURS = 8  # ranks that one rank watches: every rank is watched, at a cost that does not grow
+LOST_PEER = ("Connection closed", "Connection reset", "Broken pipe", "NCCL", "gloo", "Timed out")
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Times in seconds; their sum bounds how long a survivor lives (60 s by default at most)."""
+
+    poll: float = 1.0
+    """between two looks at the store, and two signs of life."""
+    stale: float = 20.0
+    """without a sign of life, after which a rank counts as dead."""
+    verdict: float = 5.0
+    """that ``explain`` waits for a verdict on a peer of the same host, or a record."""
+    grace: float = 10.0
+    """that the main thread gets to raise, and again to end, before the process is ended."""
+
+    @classmethod
+    def from_environment(cls) -> Patience:
+        """Return the defaults, with ``stale`` from NEMO2_WATCHDOG_SECONDS if that is set."""
+        return cls(stale=float(os.environ.get("NEMO2_WATCHDOG_SECONDS", cls.stale)))
+
+
+@dataclass(frozen=True)
+class _Beat:
+    """A rank's sign of life; ``count`` makes each one differ from the last."""
+
+    count: int
+    step: int
+    pid: int
+    host: str
+    left: bool = False
+
+
+@dataclass(frozen=True)
+class _Record:
+    """Why the run ends: which rank, at which step, what happened."""
+
+    rank: int
+    step: int
+    what: str
+
+    def error(self, rank: int, step: int) -> Nemo2Error:
+        seen = "" if rank == self.rank else f" (seen by rank {rank} at step {step})"
+        return Nemo2Error(f"rank {self.rank}, step {self.step}: {self.what}{seen}")
+
+
+class Watchdog:
+    """Watch the ranks of the default process group; inert if there is one rank only.
+
+    Making one is collective. Set ``step`` as training advances, or run steps in ``guard(step)``.
+    A rank that ends well calls ``stop``, or just exits. After a failure let the exception end the
+    process: if it has not ended ``2 * grace`` seconds later, the watchdog ends it. ``stop`` also
+    calls that off.
+
+    Communication: a few small requests to the store each second, from a thread.
+    """
+
+    def __init__(self, patience: Patience | None = None) -> None:
+        self.step = 0
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.patience = patience or Patience.from_environment()
+        self._host, self._pid, self._count = _host(), os.getpid(), 0
+        self._record: _Record | None = None
+        self._own = False  # the record is this rank's
+        self._raised = False  # the main thread knows
+        self._answered = time.monotonic()  # when the store last answered
+        self._seen: dict[int, tuple[_Beat | None, float]] = {}
+        self._leaving, self._ended, self._wake = (threading.Event() for _ in range(3))
+        self._threads: list[threading.Thread] = []
+        if self.world_size > 1:
+            self._start()
+
+    # What the training loop calls
+
+    @contextmanager
+    def guard(self, step: int) -> Iterator[None]:
+        """Run one step: an error of this rank is reported, one of another rank is named.
+
+        Raises: Nemo2Error that names the rank that failed and its step, if it is another one;
+        the step's own exception otherwise.
+        """
+        self.step = step
+        try:
+            yield
+        except Exception as error:
+            lost = self.explain(error)
+            if lost is not None:
+                raise lost from error
+            self.report(self.rank, step, error)
+            raise
+        self.check()
+
+    def report(self, rank: int, step: int, error: BaseException | str) -> None:
+        """Tell all ranks that this one failed; the first report of a run is the one that counts."""
+        if not self._threads or self._record is not None:
+            return
+        text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        self._own = self._raised = True
+        with suppress(Exception):  # the store may be what failed
+            self._own = self._write(_Record(rank, step, text))
+            self._linger()
+
+    def failure(self) -> Nemo2Error | None:
+        """Return the failure that another rank had, if one is known."""
+        if self._record is None or self._own:
+            return None
+        self._raised = True
+        return self._record.error(self.rank, self.step)
+
+    def check(self) -> None:
+        """Raise the failure that another rank had, if one is known."""
+        failure = self.failure()
+        if failure is not None:
+            raise failure
+
+    def explain(self, error: BaseException) -> Nemo2Error | None:
+        """Return the failure of another rank that is behind an exception of this one, else None.
+
+        Collectives fail at once when a peer dies, but do not say which: this waits for the verdict,
+        ``verdict`` seconds if the dead rank may be on this host, ``stale`` seconds if not.
+        """
+        if not self._threads or isinstance(error, Nemo2Error) or not lost_a_peer(error):
+            return self.failure()
+        here = all(beat is None or beat.host == self._host for beat, _ in self._seen.values())
+        limit = time.monotonic() + self.patience.verdict + (0 if here else self.patience.stale)
+        while self._record is None and time.monotonic() < limit:
+            self._wake.set()
+            time.sleep(0.05)
+        left = [(rank, beat.step) for rank, (beat, _) in self._seen.items() if beat and beat.left]
+        if self._record is None and left:
+            with suppress(Exception):
+                self._write(_Record(*left[0], "it left while other ranks were still running"))
+        return self.failure()
+
+    def stop(self) -> None:
+        """Say goodbye: this rank has ended well, or its caller deals with the failure."""
+        if self._ended.is_set() or os.getpid() != self._pid:
+            return
+        self._leaving.set()
+        self._wake.set()
+        if self._threads:
+            self._threads[0].join(4 * self.patience.poll + 1)
+            self._ended.set()
+            self._threads[1].join(1)
+            self._unhook()
+        self._ended.set()
+
+    # The thread that talks to the store
+
+    def _start(self) -> None:
+        store = _own_client(_get_default_store())
+        # The n-th watchdog of each rank on this store belongs together.
+        run = store.add(f"nemo2/watchdog/{self.rank}", 1)
+        self._store = PrefixStore(f"nemo2/watchdog/run{run}", store)
+        self._beat()
+        now = time.monotonic()
+        ahead = range(1, min(NEIGHBOURS, self.world_size - 1) + 1)
+        self._seen = {(self.rank + k) % self.world_size: (None, now) for k in ahead}
+        for target in (self._probe, self._judge):
+            thread = threading.Thread(target=target, name=f"nemo2-{target.__name__}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._hook()
+
+    def _probe(self) -> None:
+        try:
+            previous = time.monotonic()
+            while not self._leaving.is_set() and self._record is None:
+                self._beat()
+                self._look(time.monotonic() - previous)
+                previous = self._answered = time.monotonic()
+                self._wake.wait(self.patience.poll)
+                if not self._leaving.is_set():
+                    self._wake.clear()
+            if self._record is None:
+                self._beat(left=True)
+                self._linger()
+        except Exception as error:  # the store's server is gone
+            if not self._leaving.is_set() and self._record is None:
+                self._record = self._without_store(f"is gone ({_first_line(error)})")
+
+    def _beat(self, *, left: bool = False) -> None:
+        self._count += 1
+        beat = _Beat(self._count, self.step, self._pid, self._host, left)
+        self._store.set(f"beat{self.rank}", json.dumps(asdict(beat)))
+
+    def _look(self, pause: float) -> None:
+        """Look for a record, then for neighbours that are dead."""
+        if self._store.check(["record"]):
+            self._record = _Record(**json.loads(self._store.get("record")))
+            return
+        now = time.monotonic()
+        # The time that this process itself was stopped says nothing about the others.
+        slept = max(0.0, pause - 2 * self.patience.poll)
+        for rank, (last, since) in self._seen.items():
+            beat = self._read(rank)
+            if beat != last:
+                self._seen[rank] = beat, now
+                continue
+            self._seen[rank] = beat, since + slept
+            what = self._verdict(rank, beat, now - since - slept)
+            if what is not None:
+                self._write(_Record(rank, beat.step if beat else 0, what))
+                return
+
+    def _verdict(self, rank: int, beat: _Beat | None, silent: float) -> str | None:
+        """Return what happened to a rank that is dead; None for one that lives or has left."""
+        stale = self.patience.stale
+        if beat is None:  # not started yet: it may still be loading
+            return f"has not started after {silent:.0f} s" if silent > 3 * stale else None
+        if beat.left:
+            return None
+        if beat.host == self._host and not _lives(beat.pid):
+            last = self._read(rank)  # it may have said goodbye since
+            return None if last is not None and last.left else "its process died"
+        if silent > stale:
+            return f"no sign of life for {silent:.0f} s: it died, is stopped, or lost its network"
+        return None
+
+    def _read(self, rank: int) -> _Beat | None:
+        key = f"beat{rank}"
+        return _Beat(**json.loads(self._store.get(key))) if self._store.check([key]) else None
+
+    def _write(self, record: _Record) -> bool:
+        """Write the record, unless there is one; take, and return whether it is, the first."""
+        text = self._store.compare_set("record", "", json.dumps(asdict(record)))
+        self._record = _Record(**json.loads(text))
+        return self._record == record
+
+    def _linger(self) -> None:
+        """Let others read the last word of rank 0 before its exit ends the store it hosts."""
+        limit = time.monotonic() + 2 * self.patience.poll + 0.5
+        others = set(range(1, self.world_size)) if self.rank == 0 else set()
+        while others and time.monotonic() < limit:
+            others -= {rank for rank in others if (beat := self._read(rank)) and beat.left}
+            time.sleep(0.05)
+
+    def _without_store(self, what: str) -> _Record:
+        host = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") else "rank 0"
+        step = next((b.step for r, (b, _) in self._seen.items() if r == 0 and b), self.step)
+        return _Record(0, step, f"the store that {host} hosts {what}")
+
+    # The thread that ends the process
+
+    def _judge(self) -> None:
+        patience, tick = self.patience, 0.25
+        silent, answered = 0.0, self._answered
+        while self._record is None:
+            if self._ended.wait(tick):
+                return
+            # Counted in ticks: the time that this process itself was stopped does not count.
+            silent = silent + tick if answered == self._answered else 0.0
+            answered = self._answered
+            if silent > patience.stale and self._record is None:
+                self._record = self._without_store(f"has not answered for {silent:.0f} s")
+        if not self._own:
+            _say(str(self._record.error(self.rank, self.step)))
+            threading.Thread(target=_abort_groups, daemon=True).start()
+        if self._ended.wait(patience.grace):
+            return
+        if self._raised and self._ended.wait(patience.grace):
+            return
+        _say(f"rank {self.rank}: ending this process, which did not end by itself")
+        os._exit(1)
+
+    # The ways in which a process ends
+
+    def _hook(self) -> None:
+        self._excepthook = sys.excepthook
+        sys.excepthook = self._uncaught
+        atexit.register(self.stop)
+        if multiprocessing.parent_process() is not None:  # there atexit does not run
+            multiprocessing.util.Finalize(self, self._child_ends, exitpriority=100)
+        main = threading.current_thread() is threading.main_thread()
+        if main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            # A launcher sends it as soon as one rank died; stay long enough to say which.
+            signal.signal(signal.SIGTERM, self._told_to_end)
+
+    def _unhook(self) -> None:
+        atexit.unregister(self.stop)
+        if sys.excepthook == self._uncaught:
+            sys.excepthook = self._excepthook
+        main = threading.current_thread() is threading.main_thread()
+        if main and signal.getsignal(signal.SIGTERM) == self._told_to_end:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _uncaught(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        self._excepthook(kind, error, trace)
+        self.report(self.rank, self.step, error)
+
+    def _child_ends(self) -> None:
+        error = sys.exc_info()[1]
+        if error is not None:
+            self.report(self.rank, self.step, error)
+        else:
+            self.stop()
+
+    def _told_to_end(self, number: int, frame: FrameType | None) -> None:
+        limit = time.monotonic() + 1.5
+        while self._record is None and time.monotonic() < limit:
+            self._wake.set()
+            time.sleep(0.05)
+        time.sleep(0.5 if self._record is not None else 0.0)  # the other thread is saying it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Return whether an exception looks like a collective that lost one of its ranks."""
+    known = isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PEER)
+    return known or isinstance(error, dist.DistError)
+
+
+def _own_client(store: Any) -> Any:
+    """Return a client of the same store that does not wait for the main thread's requests."""
+    if hasattr(store, "clone"):
+        return store.clone()
+    if isinstance(store, PrefixStore):
+        return store  # its prefix cannot be read back: share it
+    if isinstance(store, TCPStore):
+        return TCPStore(store.host, store.port, is_master=False)
+    return store
+
+
+def _host() -> str:
+    """Return what processes have in common that can see each other's process ids."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"unknown {os.getpid()}"
+
+
+def _lives(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
+
+
+def _abort_groups() -> None:
+    """Make blocked NCCL collectives return; gloo has no such way (torch 2.11 to 2.13)."""
+    for group in list(_world.pg_map):
+        with suppress(Exception):
+            if torch.cuda.is_available() and "nccl" in dist.get_backend_config(group):
+                group.abort()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _say(text: str) -> None:
+    print(f"nemo2: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,236 @@
+"""The plan: the frozen result of analysis, the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from . import trace as tracing
+from .errors import ShardingError
+from .mesh.sizes import MeshSizes
+from .options import Options
+from .pipeline.absent import Absent, to_meta
+from .pipeline.microbatch import first_microbatch
+from .pipeline.stages import Crossing, StagePlan, block_names, crossings, expected_stages, split_blocks, stage_of
+from .sharding.annotate import Mark, check, collect
+from .sharding.layout import Layout
+from .sharding.prove import prove, vary_mixed
+from .sharding.scripts import Programs
+from .trace import BlockOutput, Trace
+
+
+@dataclass(frozen=True)
+class ParamPlan:
+    """Where one parameter lives.
+
+    Attributes:
+        name: its first name in the unsplit model; ``aliases`` are the names it is tied to.
+        shape: global shape; ``local_shape``: of one tensor-parallel rank, before FSDP.
+        tp_dim: dim split over ``tp``, or None; ``dp_dim``: dim that FSDP splits, or None.
+        stages: the pipeline stages that hold it; more than one when it is tied across them.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool
+    tp_dim: int | None
+    dp_dim: int | None
+    stages: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one kind of step needs: known once a step and a batch are.
+
+    Attributes:
+        programs: forwards and scripts for tensor parallelism.
+        partial: parameters whose gradient is summed over ``tp`` at the end of a step.
+        boundaries: what crosses from each stage to the next.
+        blocks: what each block returns, for the stages where it is absent.
+        borrowed: parameters used on stages that do not hold them: name -> stages.
+        output: per leaf of the step's result, its layout.
+    """
+
+    programs: Programs
+    partial: frozenset[str]
+    boundaries: tuple[tuple[Crossing, ...], ...]
+    blocks: Mapping[int, BlockOutput]
+    borrowed: Mapping[str, tuple[int, ...]]
+    output: tuple[Layout, ...]
+    trace: Trace
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The frozen analysis of a model on a mesh; ``str(plan)`` prints it as tables."""
+
+    sizes: MeshSizes
+    options: Options
+    params: tuple[ParamPlan, ...]
+    blocks: tuple[str, ...]
+    stages: tuple[StagePlan, ...]
+    step: StepPlan | None = None
+
+    def __str__(self) -> str:
+        from .explain import tables
+
+        return tables(self)
+
+    def param(self, name: str) -> ParamPlan:
+        return next(p for p in self.params if p.name == name)
+
+
+def plan(
+    model: nn.Module,
+    mesh: DeviceMesh | Mapping[str, int] | str,
+    *,
+    step: Callable[[nn.Module, Any], Any] | None = None,
+    batch: Any = None,
+    **options: Any,
+) -> Plan:
+    """Return the plan of ``model`` on ``mesh``; nothing is changed, moved or communicated.
+
+    Args:
+        model: an annotated module, on any device, meta included.
+        mesh: a ``DeviceMesh``, or sizes such as ``{"tp": 2}`` or ``"dp=2,tp=2"``.
+        step: ``step(model, batch)``, the loss function or a forward; with ``batch`` (one dp
+            coordinate's, real or of the same shapes) the plan also covers activations.
+        options: those of ``parallelize``.
+
+    Communication: none; needs no process group and no GPU.
+    Raises: ShardingError, PipelineError or Nemo2Error that list all problems found.
+
+    >>> import torch, nemo2
+    >>> net = torch.nn.Linear(4, 8)
+    >>> _ = nemo2.shard(net.weight, "tp", dim=0)
+    >>> nemo2.plan(net, "tp=2").param("weight").local_shape
+    (4, 4)
+    """
+    sizes = MeshSizes.of(mesh)
+    options.pop("inplace", None)
+    resolved = Options.resolve(sizes, **options)
+    notes = collect(model)
+    blocks = block_names(model, notes.blocks, sizes.pp)
+    stages = split_blocks(len(blocks), sizes.pp, resolved.pipeline.layers_per_stage)
+    params = _plan_params(model, notes.marks, notes.aliases, blocks, stages, sizes)
+    result = Plan(sizes, resolved, params, blocks, stages)
+    if step is not None:
+        part = first_microbatch(batch, resolved.pipeline.microbatches)
+        result = replace(result, step=plan_step(result, model, lambda: step(model, part)))
+    return result
+
+
+def _plan_params(
+    model: nn.Module,
+    marks: Mapping[str, tuple[Mark, ...]],
+    aliases: Mapping[str, tuple[str, ...]],
+    blocks: tuple[str, ...],
+    stages: tuple[StagePlan, ...],
+    sizes: MeshSizes,
+) -> tuple[ParamPlan, ...]:
+    problems: list[str] = []
+    plans = []
+    for name, param in model.named_parameters():
+        shape = tuple(param.shape)
+        problems += _problems(name, shape, marks[name], sizes)
+        by_axis = {m.axis: m for m in marks[name]}
+        tp_dim = by_axis["tp"].dim if "tp" in by_axis and sizes.tp > 1 else None
+        dp_dim = by_axis["dp"].dim if "dp" in by_axis else (0 if shape else None)
+        plans.append(
+            ParamPlan(
+                name,
+                aliases[name],
+                shape,
+                Layout(tp_dim).local_shape(shape, sizes.tp),
+                param.dtype,
+                param.requires_grad,
+                tp_dim,
+                dp_dim,
+                expected_stages(model, (name, *aliases[name]), blocks, stages),
+            )
+        )
+    if problems:
+        raise ShardingError("\n".join(problems))
+    return tuple(plans)
+
+
+def _problems(name: str, shape: tuple[int, ...], marks: tuple[Mark, ...], sizes: MeshSizes) -> list[str]:
+    problems = [p for m in marks for p in check(name, shape, m.axis, m.dim, m.parts)]
+    if problems:
+        return problems
+    axes = [m.axis for m in marks]
+    if len(set(axes)) < len(axes) or (None in axes and len(axes) > 1):
+        shown = " and ".join(f"({m})" for m in marks)
+        return [f"annotations of '{name}' disagree: {shown}\n  options: annotate it once for each axis"]
+    for m in marks:
+        if m.axis == "tp" and m.dim is not None and sizes.tp > 1:
+            if m.parts is not None:
+                problems.append(
+                    f"cannot shard '{name}' with parts={m.parts}: fused projections are not built yet\n"
+                    "  options: tp=1 | leave it replicated | use separate projections"
+                )
+            elif shape[m.dim] % sizes.tp:
+                problems.append(_indivisible(name, shape, m.dim, sizes.tp))
+    return problems
+
+
+def _indivisible(name: str, shape: tuple[int, ...], dim: int, tp: int) -> str:
+    size = shape[dim]
+    fits = [n for n in range(1, min(size, 64) + 1) if size % n == 0]
+    other = next((d for d, s in enumerate(shape) if d != dim and s % tp == 0), None)
+    alternative = f" | dim={other} ({shape[other]} divides)" if other is not None else ""
+    return (
+        f"cannot shard '{name}' on mesh axis 'tp' along dim {dim}\n"
+        f"  global shape {shape}, dim {dim} = {size}; tp degree {tp}; {size} % {tp} = {size % tp}\n"
+        f"  options: tp in {{{', '.join(map(str, fits))}}}{alternative} | pad dim {dim} to {-(-size // tp) * tp}"
+    )
+
+
+def plan_step(plan: Plan, model: nn.Module, step: Callable[[], Any]) -> StepPlan:
+    """Plan the activations of one step: run it once with every parameter absent.
+
+    Raises: the errors of ``staging``: glue that reads values, blocks called twice or out of
+        order, and in-place writes that no layout allows, each with the user's line.
+    """
+    by_name = {p.name: p for p in plan.params}
+    names = {id(p): n for n, p in model.named_parameters()}
+
+    def absent(name: str, param: Tensor) -> Absent:
+        home = param.device if not param.is_meta else torch.device("cpu")
+        out = Absent(to_meta(param), home)
+        out.param, out.needs_grad, out.tp_layout = name, param.requires_grad, Layout(by_name[name].tp_dim)
+        return out
+
+    def record() -> Trace:
+        recorder = tracing.Recorder(plan.sizes.tp, {n: i for i, n in enumerate(plan.blocks)} if plan.sizes.pp > 1 else {})
+        with tracing.planning(model, absent, recorder, names):
+            return tracing.run_step(step, recorder)
+
+    trace = record()
+    boundaries = crossings(trace, plan.stages, plan.sizes.tp)
+    captured = {c.key for b in boundaries for c in b}
+    mixed = [n for n in trace.partial_uses if n in trace.full_uses]
+    vary_mixed(trace, mixed)
+    programs = prove(plan, model, step, trace, captured)
+    borrowed: dict[str, tuple[int, ...]] = {}
+    for name, uses in trace.param_uses.items():
+        missing = sorted({stage_of(p, plan.stages) for p in uses} - set(by_name[name].stages))
+        if missing:
+            borrowed[name] = tuple(missing)
+    return StepPlan(
+        programs,
+        frozenset(trace.partial_uses) - frozenset(mixed),
+        boundaries,
+        trace.blocks,
+        borrowed,
+        trace.output_layouts,
+        trace,
+    )

@@ -1,0 +1,91 @@
+"""Trees of tensors, by optree, with the containers that models return opened on first sight.
+
+Dataclasses and dict subclasses (the outputs of Hugging Face models) are leaves to optree;
+here they are registered, in this library's own namespace, the first time one is met.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import optree
+from torch import Tensor
+
+NAMESPACE = "nemo2"
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """Return the leaves of ``tree``, ``None`` included."""
+    return tree_flatten(tree)[0]
+
+
+def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Return the leaves of ``tree``, ``None`` included, and its structure."""
+    while True:
+        leaves, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+        new = {type(x) for x in leaves if _is_container(x)}
+        if not new:
+            return leaves, spec
+        for cls in new:
+            _register(cls)
+
+
+def tree_unflatten(spec: Any, leaves: Iterable[Any]) -> Any:
+    """Return the tree of structure ``spec`` with ``leaves``."""
+    return optree.tree_unflatten(spec, leaves)
+
+
+def tree_map(func: Callable[[Any], Any], tree: Any) -> Any:
+    """Return ``tree`` with ``func`` applied to each leaf, ``None`` included."""
+    leaves, spec = tree_flatten(tree)
+    return optree.tree_unflatten(spec, [func(x) for x in leaves])
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors among the leaves of ``tree``."""
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def _is_container(x: Any) -> bool:
+    if isinstance(x, (Tensor, type, str, int, float)) or x is None:
+        return False
+    if isinstance(x, dict):
+        return True
+    return dataclasses.is_dataclass(x) and any(
+        isinstance(v, (Tensor, dict, tuple, list)) for v in vars(x).values()
+    )
+
+
+def _register(cls: type) -> None:
+    if issubclass(cls, dict):
+        flatten, unflatten = _flatten_mapping, _unflatten_mapping(cls)
+    else:
+        flatten, unflatten = _flatten_dataclass, _unflatten_dataclass
+    optree.register_pytree_node(cls, flatten, unflatten, namespace=NAMESPACE)  # type: ignore[arg-type]
+
+
+def _flatten_mapping(x: Any) -> tuple[tuple[Any, ...], Any, tuple[Hashable, ...]]:
+    keys = tuple(x.keys())
+    return tuple(dict.__getitem__(x, k) for k in keys), keys, keys
+
+
+def _unflatten_mapping(cls: type) -> Callable[[Any, Any], Any]:
+    def unflatten(keys: Any, children: Any) -> Any:
+        return cls(**dict(zip(keys, children, strict=True)))
+
+    return unflatten
+
+
+def _flatten_dataclass(x: Any) -> tuple[tuple[Any, ...], Any, tuple[str, ...]]:
+    names = tuple(f.name for f in dataclasses.fields(x))
+    return tuple(getattr(x, n) for n in names), x, names
+
+
+def _unflatten_dataclass(like: Any, children: Any) -> Any:
+    out = copy.copy(like)
+    for field, child in zip(dataclasses.fields(like), children, strict=True):
+        object.__setattr__(out, field.name, child)
+    return out

@@ -1,0 +1,196 @@
+"""Which modules may run their own code on local tensors with no help: shown by a second run.
+
+The first run of the plan saw global sizes. Here the step runs again on *local* shapes, with
+the planned collectives at the edges, and every call is compared with what was planned: the
+same operations in the same order on the same values, the same non-tensor arguments, and
+results of the planned local shapes. A module that differs anywhere (a size computed from a
+local shape, a head count that is global) is emulated: it sees global sizes and each call is
+translated. So nothing depends on shapes alone: ``(x @ a) * (x @ a).shape[-1] ** -0.5`` has
+the right shapes, but a different argument, and is found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import trace as tracing
+from ..pipeline.absent import Absent, absent_call, is_absent, to_meta
+from ..pytree import tree_leaves, tree_unflatten
+from ..trace import Activation, Event, Trace
+from .actions import Action, Fix
+from .layout import Layout
+from .scripts import Programs, installable, needing, programs
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+
+
+class _Differs(Exception):
+    """The local run left the planned path."""
+
+
+def prove(
+    plan: Plan, model: nn.Module, step: Callable[[], Any], trace: Trace, captured: set[tuple[Any, ...]]
+) -> Programs:
+    """Return the programs of the step, emulating only modules whose own code is not enough."""
+    if plan.sizes.tp == 1:
+        return programs(trace, set(), captured)
+    emulated = needing(trace, soft=False)
+    undecided = needing(trace, soft=True) - emulated
+    by_name = {p.name: p for p in plan.params}
+    names = {id(p): n for n, p in model.named_parameters()}
+
+    def absent(name: str, param: Tensor) -> Absent:
+        shape = by_name[name].local_shape
+        home = param.device if not param.is_meta else torch.device("cpu")
+        out = Absent(torch.empty(shape, dtype=param.dtype, device="meta"), home)
+        out.param, out.needs_grad, out.tp_layout = name, param.requires_grad, Layout(by_name[name].tp_dim)
+        return out
+
+    blocks = {n: i for i, n in enumerate(plan.blocks)} if plan.sizes.pp > 1 else {}
+    for _ in range(len(undecided) + 1):
+        prover = Prover(plan.sizes.tp, blocks, trace, emulated)
+        with tracing.planning(model, absent, prover, names):
+            blame = prover.attempt(step)
+        if blame is None:
+            return replace(programs(trace, emulated, captured), proved=tuple(sorted(undecided - emulated)))
+        emulated |= _alike(trace, blame)
+    return programs(trace, emulated | undecided, captured)
+
+
+def _alike(trace: Trace, module: str) -> set[str]:
+    """Return ``module`` and all modules whose forward made the same calls."""
+
+    def signature(activation: Activation) -> tuple[Any, ...]:
+        return tuple((e.name, e.results, e.action is None) for e in activation.events())
+
+    wanted = {signature(a) for a in trace.root.walk() if a.module == module}
+    return {module} | {a.module for a in trace.root.walk() if a.module and not a.leaf and signature(a) in wanted}
+
+
+class Prover(tracing.Recorder):
+    """Run the step on local shapes and compare each call with the trace."""
+
+    def __init__(self, degree: int, blocks: dict[str, int], trace: Trace, emulated: set[str]) -> None:
+        super().__init__(degree, blocks)
+        self.emulated = emulated
+        self.expected: dict[int, tuple[Activation, Event]] = {}
+        for activation in trace.root.walk():
+            for event in activation.events():
+                self.expected[event.number] = (activation, event)
+        self.culprit: list[Activation] = []
+
+    def attempt(self, step: Callable[[], Any]) -> str | None:
+        """Return None when the local run is the planned one, else the module to emulate."""
+        try:
+            tracing.run_step(step, self)
+            if self.numbers == len(self.expected):
+                return None
+            self.culprit = [self.root]
+        except Exception:  # any error of user code on local sizes means: it needs global ones
+            if self._blame() is None:
+                raise
+        return self._blame()
+
+    def _blame(self) -> str | None:
+        for activation in reversed(self.culprit):
+            if not activation.leaf and activation.module not in self.emulated:
+                return activation.module
+        return None
+
+    def call_module(self, name: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        depth = len(self.culprit)
+        try:
+            return super().call_module(name, module, forward, args, kwargs)
+        except BaseException:
+            if len(self.culprit) == depth:
+                self.culprit = self.culprit or [*self.stack, Activation(name, 0, tracing.is_leaf(module), None)]
+            raise
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        activation, event = self.expected.get(self.numbers, (None, None))
+        if activation is None or event is None or event.name != tracing.name_of(func):
+            raise self._differs()
+        if activation.module != self.stack[-1].module:
+            raise self._differs()
+        try:
+            return super().__torch_function__(func, types, args, kwargs)
+        except BaseException:
+            self.culprit = self.culprit or list(self.stack)
+            raise
+
+    def _differs(self) -> _Differs:
+        self.culprit = self.culprit or list(self.stack)
+        return _Differs()
+
+    def _translated(self, activation: Activation) -> bool:
+        """Say whether this call runs under ``Emulate`` or an installed forward."""
+        if installable(activation) is not None:
+            return True
+        for outer in reversed(self.stack):
+            if outer.module in self.emulated:
+                return True
+            if outer.block is not None:
+                return False
+        return False
+
+    def _absent(self, number: int, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        activation, event = self.expected[number]
+        action = event.action
+        if action is not None and self._translated(activation):
+            return self._planned(event, action, args)
+        if action is not None and not action.soft:
+            raise self._differs()
+        leaves = tree_leaves((args, kwargs))
+        if not self._same_operands(event, leaves):
+            raise self._differs()
+        if action is None and tuple(x for x in leaves if not isinstance(x, Tensor)) != event.literals:
+            raise self._differs()
+        out = absent_call(func, args, kwargs)
+        outs = [x for x in tree_leaves(out) if is_absent(x)]
+        if tuple(tuple(x.meta.shape) for x in outs) != event.results:
+            raise self._differs()
+        self._name(number, outs, event)
+        return out
+
+    def _same_operands(self, event: Event, leaves: Sequence[Any]) -> bool:
+        tensors = {id(x): x for x in leaves if isinstance(x, Tensor)}
+        found = tuple((getattr(x, "key", None), tuple(to_meta(x).shape)) for x in tensors.values())
+        return found == event.operands
+
+    def _planned(self, event: Event, action: Action, args: Any) -> Any:
+        if action.kind == "constant":
+            return action.value
+        spec, leaves = event.output
+        device = next(x.home for x in tree_leaves(args) if is_absent(x))
+        made = [Absent.like(x[1], x[2], device) if x[0] == "tensor" else x[1] for x in leaves]
+        self._name(event.number, [x for x in made if is_absent(x)], event)
+        return tree_unflatten(spec, made)
+
+    def _name(self, number: int, outs: Sequence[Absent], event: Event) -> None:
+        for leaf, (x, layout) in enumerate(zip(outs, event.layouts, strict=True)):
+            if x.key is None and x.param is None:
+                self._born(x, ("call", number, leaf), layout)
+
+
+def vary_mixed(trace: Trace, params: Sequence[str]) -> None:
+    """Let parameters used both inside and outside split regions enter those regions explicitly.
+
+    Elsewhere the sum of their gradient over ``tp`` waits for the end of the step; here the
+    two kinds of use would be summed alike.
+    """
+    events = {e.number: e for a in trace.root.walk() for e in a.events()}
+    for param in params:
+        for number, leaf in trace.partial_uses[param]:
+            event = events[number]
+            leaves = next(own for own in event.operand_leaves if leaf in own)
+            fix = Fix(leaves, (("vary", None),))
+            old = event.action or Action(event.name)
+            event.action = replace(old, fixes=(*old.fixes, fix), soft=False)

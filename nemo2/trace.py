@@ -1,0 +1,372 @@
+"""The planning run: the user's step, once, with every parameter absent.
+
+What is recorded: every torch call with the layout of its result and the action it needs,
+in the module whose forward made it; when each parameter and each value was used, counted in
+blocks; and what each block returned. Nothing is computed and no parameter memory is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .errors import PipelineError
+from .pytree import tree_flatten, tree_leaves, tree_unflatten
+from .pipeline.absent import Absent, absent_call, is_absent, name_of, to_meta, user_line
+from .sharding.actions import Action
+from .sharding.layout import REPLICATED, Layout
+from .sharding.rules import Call, Decision, decide, is_query
+
+_SCALAR_READS = {"item": 1.0, "__float__": 1.0, "tolist": 1.0}
+
+
+@dataclass
+class Event:
+    """One torch call: its running number, name, decision and (local) result shapes."""
+
+    number: int
+    name: str
+    action: Action | None
+    literals: tuple[Any, ...]
+    operands: tuple[tuple[Any, tuple[int, ...]], ...]
+    results: tuple[tuple[int, ...], ...]
+    layouts: tuple[Layout, ...]
+    global_shapes: tuple[tuple[int, ...], ...] = ()
+    operand_leaves: tuple[tuple[int, ...], ...] = ()
+    dtype: torch.dtype | None = None
+    output: Any = None
+
+
+@dataclass
+class Activation:
+    """One call of one module's forward, with the calls that it made, in order."""
+
+    module: str
+    ordinal: int
+    leaf: bool
+    block: int | None
+    items: list[Event | Activation] = field(default_factory=list)
+
+    def events(self) -> Iterator[Event]:
+        return (x for x in self.items if isinstance(x, Event))
+
+    def children(self) -> Iterator[Activation]:
+        return (x for x in self.items if isinstance(x, Activation))
+
+    def walk(self) -> Iterator[Activation]:
+        yield self
+        for child in self.children():
+            yield from child.walk()
+
+
+@dataclass(frozen=True)
+class BlockOutput:
+    """What a block returns: per leaf ``("absent", shape, dtype)``, ``("arg", i)`` or ``("const", x)``."""
+
+    spec: Any
+    leaves: tuple[tuple[Any, ...], ...]
+
+
+@dataclass
+class Value:
+    """A value that depends on parameters: where it was made and where it was used."""
+
+    key: tuple[Any, ...]
+    absent: Absent
+    born: int
+    uses: set[int] = field(default_factory=set)
+
+
+@dataclass
+class Trace:
+    """Everything one planning run saw. Positions count blocks; -1 is before the first."""
+
+    root: Activation
+    param_uses: dict[str, set[int]]
+    partial_uses: dict[str, list[tuple[int, int]]]
+    full_uses: set[str]
+    values: list[Value]
+    blocks: dict[int, BlockOutput]
+    output: Any
+    output_layouts: tuple[Layout, ...]
+    complete: bool
+
+
+class Recorder(TorchFunctionMode):
+    """Watch all torch calls of one planning run."""
+
+    def __init__(self, degree: int, blocks: Mapping[str, int]) -> None:
+        super().__init__()
+        self.degree, self.block_index = degree, blocks
+        self.stack = [Activation("", 0, False, None)]
+        self.root = self.stack[0]
+        self.numbers = 0
+        self.position = -1
+        self.param_uses: dict[str, set[int]] = {}
+        self.partial_uses: dict[str, list[tuple[int, int]]] = {}
+        self.full_uses: set[str] = set()
+        self.values: dict[int, Value] = {}
+        self.block_outputs: dict[int, BlockOutput] = {}
+        self.ordinals: dict[str, int] = {}
+
+    # --- torch calls
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = name_of(func)
+        number = self.numbers
+        self.numbers += 1
+        leaves = tree_leaves((args, kwargs))
+        absents = [x for x in leaves if is_absent(x)]
+        if not absents:
+            out = func(*args, **kwargs)
+            self.stack[-1].items.append(Event(number, name, None, (), (), (), ()))
+            return out
+        if name in _SCALAR_READS and absents[0].meta.numel() == 1 and self._after_blocks():
+            self.stack[-1].items.append(Event(number, name, None, (), (), (), ()))
+            return _SCALAR_READS[name]
+        if not is_query(name):
+            self._note_uses(absents)
+        return self._absent(number, name, func, args, kwargs)
+
+    def _absent(self, number: int, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        call = Call(name, func, args, kwargs, self.degree)
+        out = absent_call(func, args, kwargs)
+        decision = self._decide(number, call, out)
+        outs = [x for x in tree_leaves(out) if is_absent(x)]
+        grad = name not in ("detach", "data") and torch.is_grad_enabled() and any(op.needs_grad for op in call.operands)
+        layouts = decision.layouts
+        per_leaf = (layouts,) * len(outs) if isinstance(layouts, Layout) else layouts
+        for leaf, (x, layout) in enumerate(zip(outs, per_leaf, strict=True)):
+            if x.key is None and x.param is None:
+                self._born(x, ("call", number, leaf), layout)
+                x.needs_grad = grad and x.meta.is_floating_point()
+        self.stack[-1].items.append(self._event(number, call, decision, out, outs))
+        return out
+
+    def _decide(self, number: int, call: Call, out: Any) -> Decision:
+        decision = decide(call, to_meta(out))
+        partial = {param for param, _ in decision.partial_params}
+        for param, leaf in decision.partial_params:
+            self.partial_uses.setdefault(param, []).append((number, leaf))
+        if not is_query(call.name):
+            self.full_uses |= {op.param for op in call.operands if op.param and op.dim is None and not op.steps} - partial
+        return decision
+
+    def _event(self, number: int, call: Call, decision: Decision, out: Any, outs: Sequence[Absent]) -> Event:
+        shapes = tuple(x.tp_layout.local_shape(tuple(x.meta.shape), self.degree) for x in outs)
+        operands = tuple(
+            (getattr(call.leaves[op.leaves[0]], "key", None), op.entry.local_shape(tuple(op.meta.shape), self.degree))
+            for op in call.operands
+        )
+        literals = tuple(x for x in call.leaves if not isinstance(x, Tensor))
+        event = Event(number, call.name, decision.action, literals, operands, shapes, tuple(x.tp_layout for x in outs))
+        event.output = self._shape_of_output(out)
+        event.operand_leaves = tuple(op.leaves for op in call.operands)
+        event.global_shapes = tuple(tuple(op.meta.shape) for op in call.operands)
+        event.dtype = next((op.meta.dtype for op in call.operands if op.meta.is_floating_point()), None)
+        return event
+
+    def _shape_of_output(self, out: Any) -> Any:
+        leaves, spec = tree_flatten(out)
+        local = [
+            ("tensor", x.tp_layout.local_shape(tuple(x.meta.shape), self.degree), x.meta.dtype) if is_absent(x) else ("const", x)
+            for x in leaves
+        ]
+        return spec, local
+
+    def _born(self, x: Absent, key: tuple[Any, ...], layout: Layout) -> None:
+        x.key, x.tp_layout = key, layout
+        self.values[id(x)] = Value(key, x, self.position)
+
+    def _note_uses(self, absents: Sequence[Absent]) -> None:
+        for x in absents:
+            if x.param is not None:
+                self.param_uses.setdefault(x.param, set()).add(self.position)
+            elif id(x) in self.values:
+                self.values[id(x)].uses.add(self.position)
+
+    def _after_blocks(self) -> bool:
+        inside = any(a.block is not None for a in self.stack)
+        return not inside and self.position == len(self.block_index) - 1
+
+    # --- module calls
+
+    def call_module(self, name: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        block = self.block_index.get(name)
+        ordinal = self.ordinals[name] = self.ordinals.get(name, -1) + 1
+        if block is not None:
+            self._enter_block(name, block, ordinal)
+            leaves = tree_leaves((args, kwargs))
+            self._note_uses([x for x in leaves if is_absent(x)])
+        activation = Activation(name, ordinal, is_leaf(module), block)
+        self.stack[-1].items.append(activation)
+        self.stack.append(activation)
+        try:
+            out = forward(*args, **kwargs)
+        except PipelineError:
+            if block is None or self.degree > 1:
+                raise
+            out = self._assume(module, args, kwargs)
+            self._use_all(name, module)
+            activation.items.clear()
+        finally:
+            while self.stack.pop() is not activation:
+                pass
+        if block is not None:
+            out = self._leave_block(block, args, kwargs, out)
+        self._rekey(name, ordinal, out)
+        return out
+
+    def _enter_block(self, name: str, block: int, ordinal: int) -> None:
+        if ordinal:
+            raise PipelineError(
+                f"block '{name}' is called twice in one step{user_line()}\n"
+                "  a pipeline runs each block once for each microbatch\n"
+                "  options: call the model once a step | leave out shard(..., \"pp\")"
+            )
+        if block != self.position + 1:
+            raise PipelineError(
+                f"block '{name}' is called out of order: number {block} of the list after number {self.position}\n"
+                "  options: order the list as it is called | leave out shard(..., \"pp\")"
+            )
+        self.position = block
+
+    def _leave_block(self, block: int, args: Any, kwargs: Any, out: Any) -> Any:
+        given = tree_leaves((args, kwargs))
+        position = {id(x): i for i, x in enumerate(given) if isinstance(x, Tensor)}
+        leaves, spec = tree_flatten(out)
+        described: list[tuple[Any, ...]] = []
+        for i, x in enumerate(leaves):
+            if isinstance(x, Tensor) and id(x) in position:
+                described.append(("arg", position[id(x)]))
+            elif isinstance(x, Tensor):
+                if not is_absent(x):
+                    leaves[i] = x = Absent(to_meta(x), x.device)
+                    self._born(x, ("call", -1, i), REPLICATED)
+                described.append(("absent", tuple(x.meta.shape), x.meta.dtype))
+            else:
+                described.append(("const", x))
+        self.block_outputs[block] = BlockOutput(spec, tuple(described))
+        return tree_unflatten(spec, leaves)
+
+    def _rekey(self, name: str, ordinal: int, out: Any) -> None:
+        """Name a value by the module that returned it: that can be found again on any stage."""
+        for leaf, x in enumerate(tree_leaves(out)):
+            if is_absent(x) and x.param is None and x.key is not None and x.key[0] == "call":
+                x.key = ("out", name, ordinal, leaf)
+                self.values[id(x)].key = x.key
+
+    def _assume(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A block that cannot run on shapes (it looks at values) returns one tensor like its input."""
+        leaves = tree_leaves((args, kwargs))
+        like = next((x for x in leaves if is_absent(x) and x.meta.is_floating_point()), None)
+        if like is None:
+            raise PipelineError(f"{type(module).__name__}: what this block returns cannot be planned")
+        out = Absent(torch.empty_like(like.meta), like.home)
+        self._born(out, ("call", -1, 0), REPLICATED)
+        return out
+
+    def _use_all(self, name: str, module: nn.Module) -> None:
+        for sub in module.modules():
+            for x in sub._parameters.values():
+                if x is not None and is_absent(x):
+                    self._note_uses([x])
+
+    def trace(self, output: Any, complete: bool) -> Trace:
+        leaves = tree_leaves(output)
+        self.position = len(self.block_index) - 1
+        self._note_uses([x for x in leaves if is_absent(x)])
+        layouts = tuple(x.tp_layout if is_absent(x) else REPLICATED for x in leaves)
+        return Trace(
+            self.root,
+            self.param_uses,
+            self.partial_uses,
+            self.full_uses,
+            list(self.values.values()),
+            self.block_outputs,
+            output,
+            layouts,
+            complete,
+        )
+
+
+_LEAVES = (nn.Linear.forward, nn.Embedding.forward)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Say whether the module's forward is one known call, for which actions can be installed."""
+    return type(module).forward in _LEAVES
+
+
+@contextmanager
+def planning(
+    model: nn.Module, absent: Callable[[str, Tensor], Absent], recorder: Recorder, names: Mapping[int, str]
+) -> Iterator[None]:
+    """Put absent tensors in the place of all parameters and watch all module calls; undo on exit."""
+    with ExitStack() as undo:
+        made: dict[int, Absent] = {}
+        for module in model.modules():
+            for leaf, param in list(module._parameters.items()):
+                if param is not None:
+                    if id(param) not in made:
+                        made[id(param)] = absent(names[id(param)], param)
+                    module._parameters[leaf] = made[id(param)]  # type: ignore[assignment]
+                    undo.callback(module._parameters.__setitem__, leaf, param)
+            for leaf, buffer in list(module._buffers.items()):
+                if buffer is not None:
+                    module._buffers[leaf] = _planning_buffer(buffer)
+                    undo.callback(module._buffers.__setitem__, leaf, buffer)
+        for name, module in model.named_modules():
+            if name:
+                _watch(name, module, recorder, undo)
+        yield
+
+
+def _planning_buffer(buffer: Tensor) -> Tensor:
+    if buffer.is_meta:
+        return Absent(to_meta(buffer), torch.device("cpu"))
+    return buffer.clone()
+
+
+def _watch(name: str, module: nn.Module, recorder: Recorder, undo: ExitStack) -> None:
+    own = module.__dict__.get("forward")
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return recorder.call_module(name, module, original, args, kwargs)
+
+    module.__dict__["forward"] = forward
+    if own is None:
+        undo.callback(module.__dict__.pop, "forward")
+    else:
+        undo.callback(module.__dict__.__setitem__, "forward", own)
+
+
+def run_step(step: Callable[[], Any], recorder: Recorder) -> Trace:
+    """Run the user's step under ``recorder``; what it draws or prints is the user's."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    complete, output = True, None
+    with torch.random.fork_rng(devices=devices):
+        try:
+            with recorder:
+                output = step()
+        except PipelineError:
+            if recorder.degree > 1 or not recorder._after_blocks() or not recorder.block_index:
+                raise
+            complete = False
+    if recorder.block_index and recorder.position != len(recorder.block_index) - 1:
+        missing = [n for n, i in recorder.block_index.items() if i > recorder.position]
+        raise PipelineError(
+            f"the step calls {recorder.position + 1} of {len(recorder.block_index)} pipeline blocks; never called: "
+            f"{', '.join(missing[:4])}\n  options: call every block once a step (no random skipping)"
+        )
+    return recorder.trace(output, complete)
