@@ -35,7 +35,7 @@ LOST_PEER = ("Connection closed", "Connection reset", "Broken pipe", "NCCL", "gl
 class Patience:
     """Times in seconds; their sum bounds how long a survivor lives (60 s by default at most)."""
 
-    poll: float = 1.0
+    poll: float = 0.5
     """between two looks at the store, and two signs of life."""
     stale: float = 20.0
     """without a sign of life, after which a rank counts as dead."""
@@ -93,6 +93,7 @@ class Watchdog:
         self._record: _Record | None = None
         self._own = False  # the record is this rank's
         self._raised = False  # the main thread knows
+        self._unwatched = False  # the store has ended, in order
         self._answered = time.monotonic()  # when the store last answered
         self._seen: dict[int, tuple[_Beat | None, float]] = {}
         self._leaving, self._ended, self._wake = (threading.Event() for _ in range(3))
@@ -126,8 +127,8 @@ class Watchdog:
             return
         text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
         self._own = self._raised = True
+        self._own = self._write(_Record(rank, step, text))
         with suppress(Exception):  # the store may be what failed
-            self._own = self._write(_Record(rank, step, text))
             self._linger()
 
     def failure(self) -> Nemo2Error | None:
@@ -158,8 +159,7 @@ class Watchdog:
             time.sleep(0.05)
         left = [(rank, beat.step) for rank, (beat, _) in self._seen.items() if beat and beat.left]
         if self._record is None and left:
-            with suppress(Exception):
-                self._write(_Record(*left[0], "it left while other ranks were still running"))
+            self._write(_Record(*left[0], "it left while other ranks were still running"))
         return self.failure()
 
     def stop(self) -> None:
@@ -184,8 +184,9 @@ class Watchdog:
         self._store = PrefixStore(f"nemo2/watchdog/run{run}", store)
         self._beat()
         now = time.monotonic()
-        ahead = range(1, min(NEIGHBOURS, self.world_size - 1) + 1)
-        self._seen = {(self.rank + k) % self.world_size: (None, now) for k in ahead}
+        ahead = [(self.rank + k) % self.world_size for k in range(NEIGHBOURS + 1)]
+        # Everyone watches rank 0: it mostly hosts the store, which goes when it leaves.
+        self._seen = dict.fromkeys({0, *ahead} - {self.rank}, (None, now))
         for target in (self._probe, self._judge):
             thread = threading.Thread(target=target, name=f"nemo2-{target.__name__}", daemon=True)
             self._threads.append(thread)
@@ -206,8 +207,13 @@ class Watchdog:
                 self._beat(left=True)
                 self._linger()
         except Exception as error:  # the store's server is gone
-            if not self._leaving.is_set() and self._record is None:
-                self._record = self._without_store(f"is gone ({_first_line(error)})")
+            host, _ = self._seen.get(0, (None, 0.0))
+            if host is not None and host.left:
+                self._unwatched = True  # it ended well and took the store with it
+            elif not self._leaving.is_set() and self._record is None:
+                self._record = self._without_store(
+                    f"is gone ({str(error).partition(chr(10))[0][:200]})"
+                )
 
     def _beat(self, *, left: bool = False) -> None:
         self._count += 1
@@ -222,8 +228,8 @@ class Watchdog:
         now = time.monotonic()
         # The time that this process itself was stopped says nothing about the others.
         slept = max(0.0, pause - 2 * self.patience.poll)
-        for rank, (last, since) in self._seen.items():
-            beat = self._read(rank)
+        for rank, beat in self._beats().items():
+            last, since = self._seen[rank]
             if beat != last:
                 self._seen[rank] = beat, now
                 continue
@@ -247,14 +253,24 @@ class Watchdog:
             return f"no sign of life for {silent:.0f} s: it died, is stopped, or lost its network"
         return None
 
+    def _beats(self) -> dict[int, _Beat | None]:
+        """Return the last sign of life of each neighbour, in one request once all have started."""
+        if any(beat is None for beat, _ in self._seen.values()):
+            return {rank: self._read(rank) for rank in self._seen}
+        texts = self._store.multi_get([f"beat{rank}" for rank in self._seen])
+        return {r: _Beat(**json.loads(text)) for r, text in zip(self._seen, texts, strict=True)}
+
     def _read(self, rank: int) -> _Beat | None:
         key = f"beat{rank}"
         return _Beat(**json.loads(self._store.get(key))) if self._store.check([key]) else None
 
     def _write(self, record: _Record) -> bool:
         """Write the record, unless there is one; take, and return whether it is, the first."""
-        text = self._store.compare_set("record", "", json.dumps(asdict(record)))
-        self._record = _Record(**json.loads(text))
+        try:
+            text = self._store.compare_set("record", "", json.dumps(asdict(record)))
+            self._record = _Record(**json.loads(text))
+        except Exception:  # the store is gone: then each rank says what it knows
+            self._record = record
         return self._record == record
 
     def _linger(self) -> None:
@@ -276,7 +292,7 @@ class Watchdog:
         patience, tick = self.patience, 0.25
         silent, answered = 0.0, self._answered
         while self._record is None:
-            if self._ended.wait(tick):
+            if self._ended.wait(tick) or self._unwatched:
                 return
             # Counted in ticks: the time that this process itself was stopped does not count.
             silent = silent + tick if answered == self._answered else 0.0
@@ -377,10 +393,6 @@ def _abort_groups() -> None:
         with suppress(Exception):
             if torch.cuda.is_available() and "nccl" in dist.get_backend_config(group):
                 group.abort()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _say(text: str) -> None:

@@ -1,0 +1,159 @@
+"""The guard against ranks that die, with processes that do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import pytest
+
+WORLD = 2 if os.environ.get("NEMO2_TEST_DEVICE") == "cuda" else 3
+
+# Runs on each rank: 60 steps of one all-reduce; at step 5 of the rank chosen, something happens.
+SCRIPT = """
+import os, signal, sys, time
+import torch, torch.distributed as dist
+from nemo2.mesh.watchdog import Patience, Watchdog
+
+mode, chosen, stale = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+if os.environ.get("NEMO2_TEST_DEVICE") == "cuda":
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = "cuda"
+    dist.init_process_group("cpu:gloo,cuda:nccl")
+else:
+    device = "cpu"
+    dist.init_process_group("gloo")
+rank = dist.get_rank()
+value = torch.ones(1000, device=device)
+dist.all_reduce(value)
+watchdog = Watchdog(Patience(stale=stale, grace=3))
+for step in range(60):
+    with watchdog.guard(step):
+        if rank == chosen and step == 5:
+            time.sleep(2.0)  # a few signs of life: the others know the step
+            if mode == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if mode == "raise":
+                raise ValueError("planted")
+            if mode == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if mode == "leave":
+                sys.exit(0)
+            if mode == "busy":
+                end = time.monotonic() + 2 * stale
+                while time.monotonic() < end:
+                    sum(range(1000))
+        dist.all_reduce(value.fill_(1.0))
+        if device == "cuda":
+            torch.cuda.synchronize()
+    if rank == chosen and step == 5 and mode == "uncaught":
+        raise ValueError("planted outside")
+if mode == "early" and rank != chosen:
+    time.sleep(4)
+if mode == "twice":
+    watchdog.stop()
+    with Watchdog().guard(1):
+        dist.all_reduce(value)
+print("done", flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one rank ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def start(mode: str, chosen: int, stale: float = 20.0) -> list[subprocess.Popen[str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(WORLD)}
+    if sys.platform == "linux":
+        common["GLOO_SOCKET_IFNAME"] = "lo"
+    command = [sys.executable, "-c", SCRIPT, mode, str(chosen), str(stale)]
+    return [
+        subprocess.Popen(
+            command,
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+
+
+def finish(ranks: list[subprocess.Popen[str]], seconds: float, skip: int = -1) -> list[Ended]:
+    """Wait for all ranks but one; whatever happens, leave no process behind."""
+    limit = time.monotonic() + seconds
+    try:
+        for rank, process in enumerate(ranks):
+            if rank != skip:
+                process.wait(max(0.1, limit - time.monotonic()))
+    finally:
+        for process in ranks:
+            process.kill()
+    ended = []
+    for process in ranks:
+        out, err = process.communicate()
+        ended.append(Ended(process.returncode, out, err))
+    return ended
+
+
+@pytest.mark.parametrize(
+    ("mode", "chosen", "what"),
+    [
+        ("kill", 0, "step 5: "),
+        ("kill", 1, "step 5: its process died"),
+        ("raise", 1, "step 5: ValueError: planted"),
+        ("uncaught", 0, "step 5: ValueError: planted outside"),
+        ("leave", 0, "step 5: it left while other ranks were still running"),
+    ],
+)
+def test_survivors_end_and_name_rank_and_step(mode: str, chosen: int, what: str) -> None:
+    ended = finish(start(mode, chosen), 50)
+    for rank, one in enumerate(ended):
+        if rank != chosen:
+            assert one.code not in (0, -signal.SIGKILL), one.err
+            assert f"rank {chosen}, {what}" in one.err
+            assert "done" not in one.out
+
+
+@pytest.mark.parametrize("chosen", [0, WORLD - 1])
+def test_a_rank_that_hangs_is_named_and_the_others_end(chosen: int) -> None:
+    ended = finish(start("stop", chosen, stale=3), 45, skip=chosen)
+    for rank, one in enumerate(ended):
+        if rank != chosen:
+            assert one.code == 1, one.err
+            assert f"nemo2: rank {chosen}, step 5: " in one.err
+
+
+@pytest.mark.parametrize("mode", ["busy", "early", "twice"])
+def test_no_false_alarm(mode: str) -> None:
+    for one in finish(start(mode, 0, stale=3), 60):
+        assert one.code == 0, one.err
+        assert "nemo2:" not in one.err
+        assert "done" in one.out
+
+
+def test_torchrun_names_rank_and_step() -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, f"--nproc-per-node={WORLD}", "--no-python", sys.executable]
+    done = subprocess.run(
+        [*command, "-c", SCRIPT, "kill", "1", "20"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "rank 1, step 5: its process died" in done.stderr
