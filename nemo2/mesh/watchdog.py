@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store, _world
 
 from nemo2.errors import Nemo2Error
+from nemo2.mesh.processes import host_name, lives
 
 NEIGHBOURS = 8  # ranks that one rank watches: every rank is watched, at a cost that does not grow
 LOST_PEER = ("Connection closed", "Connection reset", "Broken pipe", "NCCL", "gloo", "Timed out")
@@ -89,7 +91,7 @@ class Watchdog:
         self.step = 0
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.patience = patience or Patience.from_environment()
-        self._host, self._pid, self._count = _host(), os.getpid(), 0
+        self._host, self._pid, self._count = host_name(), os.getpid(), 0
         self._record: _Record | None = None
         self._own = False  # the record is this rank's
         self._raised = False  # the main thread knows
@@ -178,10 +180,11 @@ class Watchdog:
     # The thread that talks to the store
 
     def _start(self) -> None:
-        store = _own_client(_get_default_store())
-        # The n-th watchdog of each rank on this store belongs together.
-        run = store.add(f"nemo2/watchdog/{self.rank}", 1)
-        self._store = PrefixStore(f"nemo2/watchdog/run{run}", store)
+        store = _get_default_store()
+        # The n-th watchdogs of all ranks belong together, under a name that no other run has.
+        number = store.add(f"nemo2/watchdog/{self.rank}", 1)
+        name = store.compare_set(f"nemo2/watchdog/name{number}", "", uuid.uuid4().hex)
+        self._store = PrefixStore(f"nemo2/{name.decode()}", _own_client(store))
         self._beat()
         now = time.monotonic()
         ahead = [(self.rank + k) % self.world_size for k in range(NEIGHBOURS + 1)]
@@ -246,7 +249,7 @@ class Watchdog:
             return f"has not started after {silent:.0f} s" if silent > 3 * stale else None
         if beat.left:
             return None
-        if beat.host == self._host and not _lives(beat.pid):
+        if beat.host == self._host and not lives(beat.pid):
             last = self._read(rank)  # it may have said goodbye since
             return None if last is not None and last.left else "its process died"
         if silent > stale:
@@ -363,28 +366,11 @@ def _own_client(store: Any) -> Any:
     """Return a client of the same store that does not wait for the main thread's requests."""
     if hasattr(store, "clone"):
         return store.clone()
-    if isinstance(store, PrefixStore):
-        return store  # its prefix cannot be read back: share it
+    while isinstance(store, PrefixStore):  # older torch: the prefix is lost, our names are unique
+        store = store.underlying_store
     if isinstance(store, TCPStore):
         return TCPStore(store.host, store.port, is_master=False)
     return store
-
-
-def _host() -> str:
-    """Return what processes have in common that can see each other's process ids."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return f"unknown {os.getpid()}"
-
-
-def _lives(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return False
 
 
 def _abort_groups() -> None:
