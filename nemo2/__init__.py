@@ -1,0 +1,33 @@
+"""nemo2: write a model for one device, annotate what is sharded, run it on any mesh."""
+
+from __future__ import annotations
+
+from .errors import CheckpointError, MeshError, Nemo2Error, PipelineError, ShardingError
+from .functional import global_norm, grad, value_and_grad
+from .mesh import make_mesh
+from .model import ParallelModel
+from .options import ContextParallel, DataParallel, Pipeline
+from .parallelize import parallelize
+from .plan import Plan, plan
+from .sharding.annotate import annotate, shard
+
+__all__ = [
+    "CheckpointError",
+    "ContextParallel",
+    "DataParallel",
+    "MeshError",
+    "Nemo2Error",
+    "ParallelModel",
+    "Pipeline",
+    "PipelineError",
+    "Plan",
+    "ShardingError",
+    "annotate",
+    "global_norm",
+    "grad",
+    "make_mesh",
+    "parallelize",
+    "plan",
+    "shard",
+    "value_and_grad",
+]

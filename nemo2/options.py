@@ -27,7 +27,9 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         if not isinstance(self.microbatches, int) or self.microbatches < 1:
-            raise PipelineError(f"Pipeline(microbatches={self.microbatches!r}): give an integer >= 1")
+            raise PipelineError(
+                f"Pipeline(microbatches={self.microbatches!r}): give an integer >= 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,11 @@ class Options:
             what works instead.
         """
         dp = DataParallel(data_parallel) if isinstance(data_parallel, str) else data_parallel
-        cp = ContextParallel(context_parallel) if isinstance(context_parallel, str) else context_parallel
+        cp = (
+            ContextParallel(context_parallel)
+            if isinstance(context_parallel, str)
+            else context_parallel
+        )
         problems = _unknown(dp, cp, pipeline, others) + _not_built(sizes, dp, pipeline, others)
         if problems:
             raise Nemo2Error("parallelize:\n" + "\n".join(f"  {p}" for p in problems))
@@ -84,37 +90,61 @@ class Options:
 
 
 _LATER = {
-    "sequence_parallel": (None, False, "activations stay whole between tensor-parallel regions; use None or False"),
-    "precision": (None, None, "dtypes are kept as they are; use None, or model.to(torch.bfloat16) before"),
+    "sequence_parallel": (
+        None,
+        False,
+        "activations stay whole between tensor-parallel regions; use None or False",
+    ),
+    "precision": (
+        None,
+        None,
+        "dtypes are kept as they are; use None, or model.to(torch.bfloat16) before",
+    ),
     "remat": (None, None, "use None, or the model's own activation checkpointing"),
     "compile": (False, False, "use False"),
 }
 
 
-def _unknown(dp: DataParallel, cp: ContextParallel, pipeline: Pipeline, others: dict[str, Any]) -> list[str]:
-    problems = [f"unknown option {name!r}; options: {', '.join(_LATER)}" for name in others if name not in _LATER]
+def _unknown(
+    dp: DataParallel, cp: ContextParallel, pipeline: Pipeline, others: dict[str, Any]
+) -> list[str]:
+    problems = [
+        f"unknown option {name!r}; options: {', '.join(_LATER)}"
+        for name in others
+        if name not in _LATER
+    ]
     if dp.kind not in ("ddp", "zero1", "fsdp"):
         problems.append(f"data_parallel={dp.kind!r} is unknown; kinds: ddp, zero1, fsdp")
     if cp.method not in ("ring", "all_gather", "ulysses"):
-        problems.append(f"context_parallel={cp.method!r} is unknown; methods: ring, all_gather, ulysses")
+        problems.append(
+            f"context_parallel={cp.method!r} is unknown; methods: ring, all_gather, ulysses"
+        )
     if pipeline.schedule not in ("1f1b", "interleaved"):
         problems.append(f"schedule={pipeline.schedule!r} is unknown; schedules: 1f1b, interleaved")
     return problems
 
 
-def _not_built(sizes: MeshSizes, dp: DataParallel, pipeline: Pipeline, others: dict[str, Any]) -> list[str]:
+def _not_built(
+    sizes: MeshSizes, dp: DataParallel, pipeline: Pipeline, others: dict[str, Any]
+) -> list[str]:
     problems = []
     for name, (default, also, works) in _LATER.items():
         if others.get(name, default) not in (default, also):
             problems.append(f"{name}={others[name]!r} is not built yet: {works}")
     if sizes.cp > 1:
-        problems.append(f"cp={sizes.cp}: context parallelism is not built yet; use cp=1 and more tp, pp or dp")
+        problems.append(
+            f"cp={sizes.cp}: context parallelism is not built yet; use cp=1 and more tp, pp or dp"
+        )
     if dp.kind == "zero1":
-        problems.append("data_parallel='zero1' is not built yet; 'fsdp' also splits the optimizer state, 'ddp' keeps all")
+        problems.append(
+            "data_parallel='zero1' is not built yet; 'fsdp' also splits the optimizer state, 'ddp' keeps all"
+        )
     if dp.replicate != 1:
         problems.append(f"DataParallel(replicate={dp.replicate}) is not built yet; use replicate=1")
     if dp.reshard != "auto":
-        problems.append(f"DataParallel(reshard={dp.reshard!r}) is not built yet; use reshard='auto'")
+        problems.append(
+            f"DataParallel(reshard={dp.reshard!r}) is not built yet; use reshard='auto'"
+        )
     if pipeline.schedule == "interleaved" or pipeline.virtual_stages != 1:
         problems.append(
             f"Pipeline(schedule={pipeline.schedule!r}, virtual_stages={pipeline.virtual_stages}) is not built yet; "

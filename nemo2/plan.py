@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import trace as tracing
 from .errors import ShardingError
 from .mesh.sizes import MeshSizes
 from .options import Options
-from .pipeline.absent import Absent, to_meta
+from .pipeline.absent import Absent
 from .pipeline.microbatch import first_microbatch
-from .pipeline.stages import Crossing, StagePlan, block_names, crossings, expected_stages, split_blocks, stage_of
+from .pipeline.stages import (
+    Crossing,
+    StagePlan,
+    block_names,
+    crossings,
+    expected_stages,
+    split_blocks,
+    stage_of,
+)
 from .sharding.annotate import Mark, check, collect
 from .sharding.layout import Layout
-from .sharding.prove import prove, vary_mixed
+from .sharding.prove import Prover, prove, vary_mixed
 from .sharding.scripts import Programs
 from .trace import BlockOutput, Trace
 
@@ -162,14 +170,18 @@ def _plan_params(
     return tuple(plans)
 
 
-def _problems(name: str, shape: tuple[int, ...], marks: tuple[Mark, ...], sizes: MeshSizes) -> list[str]:
+def _problems(
+    name: str, shape: tuple[int, ...], marks: tuple[Mark, ...], sizes: MeshSizes
+) -> list[str]:
     problems = [p for m in marks for p in check(name, shape, m.axis, m.dim, m.parts)]
     if problems:
         return problems
     axes = [m.axis for m in marks]
     if len(set(axes)) < len(axes) or (None in axes and len(axes) > 1):
         shown = " and ".join(f"({m})" for m in marks)
-        return [f"annotations of '{name}' disagree: {shown}\n  options: annotate it once for each axis"]
+        return [
+            f"annotations of '{name}' disagree: {shown}\n  options: annotate it once for each axis"
+        ]
     for m in marks:
         if m.axis == "tp" and m.dim is not None and sizes.tp > 1:
             if m.parts is not None:
@@ -194,32 +206,46 @@ def _indivisible(name: str, shape: tuple[int, ...], dim: int, tp: int) -> str:
     )
 
 
-def plan_step(plan: Plan, model: nn.Module, step: Callable[[], Any]) -> StepPlan:
+def plan_step(
+    plan: Plan,
+    model: nn.Module,
+    step: Callable[[], Any],
+    where: Sequence[tracing.Place] | None = None,
+    device: torch.device | None = None,
+) -> StepPlan:
     """Plan the activations of one step: run it once with every parameter absent.
+
+    Args:
+        where: the places of parameters in ``model``; found when it is unsplit.
+        device: what user code sees as the parameters' device; cpu by default.
 
     Raises: the errors of ``staging``: glue that reads values, blocks called twice or out of
         order, and in-place writes that no layout allows, each with the user's line.
     """
     by_name = {p.name: p for p in plan.params}
-    names = {id(p): n for n, p in model.named_parameters()}
+    where = tracing.places(model) if where is None else where
+    home = _home(model) if device is None else device
+    blocks = {n: i for i, n in enumerate(plan.blocks)} if plan.sizes.pp > 1 else {}
 
-    def absent(name: str, param: Tensor) -> Absent:
-        home = param.device if not param.is_meta else torch.device("cpu")
-        out = Absent(to_meta(param), home)
-        out.param, out.needs_grad, out.tp_layout = name, param.requires_grad, Layout(by_name[name].tp_dim)
+    def absent(name: str, local: bool = False) -> Absent:
+        param = by_name[name]
+        out = Absent.like(param.local_shape if local else param.shape, param.dtype, home)
+        out.param, out.needs_grad, out.tp_layout = name, param.trainable, Layout(param.tp_dim)
         return out
 
-    def record() -> Trace:
-        recorder = tracing.Recorder(plan.sizes.tp, {n: i for i, n in enumerate(plan.blocks)} if plan.sizes.pp > 1 else {})
-        with tracing.planning(model, absent, recorder, names):
-            return tracing.run_step(step, recorder)
+    recorder = tracing.Recorder(plan.sizes.tp, blocks)
+    with tracing.planning(model, where, absent, recorder):
+        trace = tracing.run_step(step, recorder)
 
-    trace = record()
+    def attempt(prover: Prover) -> str | None:
+        with tracing.planning(model, where, lambda name: absent(name, local=True), prover):
+            return prover.attempt(step)
+
     boundaries = crossings(trace, plan.stages, plan.sizes.tp)
     captured = {c.key for b in boundaries for c in b}
     mixed = [n for n in trace.partial_uses if n in trace.full_uses]
     vary_mixed(trace, mixed)
-    programs = prove(plan, model, step, trace, captured)
+    programs = prove(trace, plan.sizes.tp, blocks, captured, attempt)
     borrowed: dict[str, tuple[int, ...]] = {}
     for name, uses in trace.param_uses.items():
         missing = sorted({stage_of(p, plan.stages) for p in uses} - set(by_name[name].stages))
@@ -234,3 +260,9 @@ def plan_step(plan: Plan, model: nn.Module, step: Callable[[], Any]) -> StepPlan
         trace.output_layouts,
         trace,
     )
+
+
+def _home(model: nn.Module) -> torch.device:
+    """Return the device that user code will see: that of the parameters, or cpu when on meta."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None or first.is_meta else first.device

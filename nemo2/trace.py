@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from .errors import PipelineError
 from .pytree import tree_flatten, tree_leaves, tree_unflatten
 from .pipeline.absent import Absent, absent_call, is_absent, name_of, to_meta, user_line
-from .sharding.actions import Action
+from .sharding.actions import Action, suspended
 from .sharding.layout import REPLICATED, Layout
 from .sharding.rules import Call, Decision, decide, is_query
 
@@ -118,7 +118,11 @@ class Recorder(TorchFunctionMode):
     # --- torch calls
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         name = name_of(func)
@@ -137,12 +141,18 @@ class Recorder(TorchFunctionMode):
             self._note_uses(absents)
         return self._absent(number, name, func, args, kwargs)
 
-    def _absent(self, number: int, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _absent(
+        self, number: int, name: str, func: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
         call = Call(name, func, args, kwargs, self.degree)
         out = absent_call(func, args, kwargs)
         decision = self._decide(number, call, out)
         outs = [x for x in tree_leaves(out) if is_absent(x)]
-        grad = name not in ("detach", "data") and torch.is_grad_enabled() and any(op.needs_grad for op in call.operands)
+        grad = (
+            name not in ("detach", "data")
+            and torch.is_grad_enabled()
+            and any(op.needs_grad for op in call.operands)
+        )
         layouts = decision.layouts
         per_leaf = (layouts,) * len(outs) if isinstance(layouts, Layout) else layouts
         for leaf, (x, layout) in enumerate(zip(outs, per_leaf, strict=True)):
@@ -158,27 +168,46 @@ class Recorder(TorchFunctionMode):
         for param, leaf in decision.partial_params:
             self.partial_uses.setdefault(param, []).append((number, leaf))
         if not is_query(call.name):
-            self.full_uses |= {op.param for op in call.operands if op.param and op.dim is None and not op.steps} - partial
+            self.full_uses |= {
+                op.param for op in call.operands if op.param and op.dim is None and not op.steps
+            } - partial
         return decision
 
-    def _event(self, number: int, call: Call, decision: Decision, out: Any, outs: Sequence[Absent]) -> Event:
+    def _event(
+        self, number: int, call: Call, decision: Decision, out: Any, outs: Sequence[Absent]
+    ) -> Event:
         shapes = tuple(x.tp_layout.local_shape(tuple(x.meta.shape), self.degree) for x in outs)
         operands = tuple(
-            (getattr(call.leaves[op.leaves[0]], "key", None), op.entry.local_shape(tuple(op.meta.shape), self.degree))
+            (
+                getattr(call.leaves[op.leaves[0]], "key", None),
+                op.entry.local_shape(tuple(op.meta.shape), self.degree),
+            )
             for op in call.operands
         )
         literals = tuple(x for x in call.leaves if not isinstance(x, Tensor))
-        event = Event(number, call.name, decision.action, literals, operands, shapes, tuple(x.tp_layout for x in outs))
+        event = Event(
+            number,
+            call.name,
+            decision.action,
+            literals,
+            operands,
+            shapes,
+            tuple(x.tp_layout for x in outs),
+        )
         event.output = self._shape_of_output(out)
         event.operand_leaves = tuple(op.leaves for op in call.operands)
         event.global_shapes = tuple(tuple(op.meta.shape) for op in call.operands)
-        event.dtype = next((op.meta.dtype for op in call.operands if op.meta.is_floating_point()), None)
+        event.dtype = next(
+            (op.meta.dtype for op in call.operands if op.meta.is_floating_point()), None
+        )
         return event
 
     def _shape_of_output(self, out: Any) -> Any:
         leaves, spec = tree_flatten(out)
         local = [
-            ("tensor", x.tp_layout.local_shape(tuple(x.meta.shape), self.degree), x.meta.dtype) if is_absent(x) else ("const", x)
+            ("tensor", x.tp_layout.local_shape(tuple(x.meta.shape), self.degree), x.meta.dtype)
+            if is_absent(x)
+            else ("const", x)
             for x in leaves
         ]
         return spec, local
@@ -200,13 +229,15 @@ class Recorder(TorchFunctionMode):
 
     # --- module calls
 
-    def call_module(self, name: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def call_module(
+        self, name: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
         block = self.block_index.get(name)
-        ordinal = self.ordinals[name] = self.ordinals.get(name, -1) + 1
-        if block is not None:
-            self._enter_block(name, block, ordinal)
-            leaves = tree_leaves((args, kwargs))
-            self._note_uses([x for x in leaves if is_absent(x)])
+        with suspended():
+            ordinal = self.ordinals[name] = self.ordinals.get(name, -1) + 1
+            if block is not None:
+                self._enter_block(name, block, ordinal)
+                self._note_uses([x for x in tree_leaves((args, kwargs)) if is_absent(x)])
         activation = Activation(name, ordinal, is_leaf(module), block)
         self.stack[-1].items.append(activation)
         self.stack.append(activation)
@@ -215,15 +246,17 @@ class Recorder(TorchFunctionMode):
         except PipelineError:
             if block is None or self.degree > 1:
                 raise
-            out = self._assume(module, args, kwargs)
-            self._use_all(name, module)
+            with suspended():
+                out = self._assume(module, args, kwargs)
+                self._use_all(module)
             activation.items.clear()
         finally:
             while self.stack.pop() is not activation:
                 pass
-        if block is not None:
-            out = self._leave_block(block, args, kwargs, out)
-        self._rekey(name, ordinal, out)
+        with suspended():
+            if block is not None:
+                out = self._leave_block(block, args, kwargs, out)
+            self._rekey(name, ordinal, out)
         return out
 
     def _enter_block(self, name: str, block: int, ordinal: int) -> None:
@@ -231,12 +264,12 @@ class Recorder(TorchFunctionMode):
             raise PipelineError(
                 f"block '{name}' is called twice in one step{user_line()}\n"
                 "  a pipeline runs each block once for each microbatch\n"
-                "  options: call the model once a step | leave out shard(..., \"pp\")"
+                '  options: call the model once a step | leave out shard(..., "pp")'
             )
         if block != self.position + 1:
             raise PipelineError(
                 f"block '{name}' is called out of order: number {block} of the list after number {self.position}\n"
-                "  options: order the list as it is called | leave out shard(..., \"pp\")"
+                '  options: order the list as it is called | leave out shard(..., "pp")'
             )
         self.position = block
 
@@ -270,12 +303,14 @@ class Recorder(TorchFunctionMode):
         leaves = tree_leaves((args, kwargs))
         like = next((x for x in leaves if is_absent(x) and x.meta.is_floating_point()), None)
         if like is None:
-            raise PipelineError(f"{type(module).__name__}: what this block returns cannot be planned")
+            raise PipelineError(
+                f"{type(module).__name__}: what this block returns cannot be planned"
+            )
         out = Absent(torch.empty_like(like.meta), like.home)
         self._born(out, ("call", -1, 0), REPLICATED)
         return out
 
-    def _use_all(self, name: str, module: nn.Module) -> None:
+    def _use_all(self, module: nn.Module) -> None:
         for sub in module.modules():
             for x in sub._parameters.values():
                 if x is not None and is_absent(x):
@@ -307,20 +342,43 @@ def is_leaf(module: nn.Module) -> bool:
     return type(module).forward in _LEAVES
 
 
+@dataclass(frozen=True)
+class Place:
+    """One attribute of one module that holds a parameter, under the parameter's first name."""
+
+    param: str
+    name: str
+    module: nn.Module
+    leaf: str
+
+
+def places(model: nn.Module) -> tuple[Place, ...]:
+    """Return every place of ``model`` that holds a parameter, ties included."""
+    first: dict[int, str] = {}
+    found = []
+    for prefix, module in model.named_modules():
+        for leaf, param in module._parameters.items():
+            if param is not None:
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                found.append(Place(first.setdefault(id(param), name), name, module, leaf))
+    return tuple(found)
+
+
 @contextmanager
 def planning(
-    model: nn.Module, absent: Callable[[str, Tensor], Absent], recorder: Recorder, names: Mapping[int, str]
+    model: nn.Module,
+    where: Sequence[Place],
+    absent: Callable[[str], Absent],
+    recorder: Recorder,
 ) -> Iterator[None]:
-    """Put absent tensors in the place of all parameters and watch all module calls; undo on exit."""
+    """Put absent tensors in all places of parameters and watch all module calls; undo on exit."""
     with ExitStack() as undo:
-        made: dict[int, Absent] = {}
+        made: dict[str, Absent] = {}
+        for place in where:
+            if place.param not in made:
+                made[place.param] = absent(place.param)
+            _put(place, made[place.param], undo)
         for module in model.modules():
-            for leaf, param in list(module._parameters.items()):
-                if param is not None:
-                    if id(param) not in made:
-                        made[id(param)] = absent(names[id(param)], param)
-                    module._parameters[leaf] = made[id(param)]  # type: ignore[assignment]
-                    undo.callback(module._parameters.__setitem__, leaf, param)
             for leaf, buffer in list(module._buffers.items()):
                 if buffer is not None:
                     module._buffers[leaf] = _planning_buffer(buffer)
@@ -329,6 +387,16 @@ def planning(
             if name:
                 _watch(name, module, recorder, undo)
         yield
+
+
+def _put(place: Place, absent: Absent, undo: ExitStack) -> None:
+    attributes, parameters = place.module.__dict__, place.module._parameters
+    if place.leaf in attributes:
+        undo.callback(attributes.__setitem__, place.leaf, attributes.pop(place.leaf))
+        undo.callback(parameters.pop, place.leaf)
+    else:
+        undo.callback(parameters.__setitem__, place.leaf, parameters[place.leaf])
+    parameters[place.leaf] = absent  # type: ignore[assignment]
 
 
 def _planning_buffer(buffer: Tensor) -> Tensor:
@@ -353,7 +421,11 @@ def _watch(name: str, module: nn.Module, recorder: Recorder, undo: ExitStack) ->
 
 def run_step(step: Callable[[], Any], recorder: Recorder) -> Trace:
     """Run the user's step under ``recorder``; what it draws or prints is the user's."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    devices = (
+        [torch.cuda.current_device()]
+        if torch.cuda.is_available() and torch.cuda.is_initialized()
+        else []
+    )
     complete, output = True, None
     with torch.random.fork_rng(devices=devices):
         try:

@@ -93,7 +93,13 @@ class Absent(Tensor):
             requires_grad=False,
         )
         out.meta, out.home = meta, device
-        out.tp_layout, out.param, out.bound, out.needs_grad, out.key = REPLICATED, None, None, True, None
+        out.tp_layout, out.param, out.bound, out.needs_grad, out.key = (
+            REPLICATED,
+            None,
+            None,
+            True,
+            None,
+        )
         return out
 
     @staticmethod
@@ -123,10 +129,7 @@ class Absent(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         args, kwargs = resolve((args, kwargs))
-        if not any(
-            is_absent(x)
-            for x in tree_leaves((args, kwargs))
-        ):
+        if not any(is_absent(x) for x in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
         return absent_call(func, args, kwargs)
 
@@ -143,9 +146,7 @@ def is_absent(x: Any) -> bool:
 
 def resolve(tree: Any) -> Any:
     """Put the received tensors in the place of the bound absent ones in ``tree``."""
-    return tree_map(
-        lambda x: x.bound if type(x) is Absent and x.bound is not None else x,
-        tree)
+    return tree_map(lambda x: x.bound if type(x) is Absent and x.bound is not None else x, tree)
 
 
 def name_of(func: Callable[..., Any]) -> str:
@@ -239,9 +240,7 @@ def absent_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
             raise
     if is_inplace(name):
         return first
-    return tree_map(
-        lambda x: Absent(x, device) if isinstance(x, Tensor) else x,
-        out)
+    return tree_map(lambda x: Absent(x, device) if isinstance(x, Tensor) else x, out)
 
 
 def _without_device(
@@ -263,11 +262,7 @@ def _without_device(
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [
-        x
-        for x in tree_leaves(tree)
-        if isinstance(x, Tensor)
-    ]
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def to_meta(tree: Any) -> Any:

@@ -53,7 +53,7 @@ def block_names(model: nn.Module, lists: Sequence[str], pp: int) -> tuple[str, .
         return ()
     if len(lists) > 1:
         raise PipelineError(
-            f"several lists of blocks are annotated \"pp\": {', '.join(lists)}\n"
+            f'several lists of blocks are annotated "pp": {", ".join(lists)}\n'
             "  options: annotate one of them (the others then run on the stage of their neighbours)"
         )
     container = model.get_submodule(lists[0])
@@ -61,7 +61,9 @@ def block_names(model: nn.Module, lists: Sequence[str], pp: int) -> tuple[str, .
     return tuple(prefix + name for name, _ in container.named_children())
 
 
-def split_blocks(blocks: int, pp: int, layers_per_stage: Sequence[int] | None) -> tuple[StagePlan, ...]:
+def split_blocks(
+    blocks: int, pp: int, layers_per_stage: Sequence[int] | None
+) -> tuple[StagePlan, ...]:
     """Spread ``blocks`` blocks over ``pp`` stages; what does not divide goes to middle stages first."""
     if pp == 1:
         return (StagePlan(0, 0, blocks - 1),)
@@ -109,7 +111,9 @@ def expected_stages(
     found = set()
     for name in names:
         owner = name.rpartition(".")[0]
-        block = next((i for i, b in enumerate(blocks) if owner == b or owner.startswith(b + ".")), None)
+        block = next(
+            (i for i, b in enumerate(blocks) if owner == b or owner.startswith(b + ".")), None
+        )
         if block is not None:
             found.add(stage_of(block, stages))
         else:
@@ -117,7 +121,9 @@ def expected_stages(
     return tuple(sorted(found))
 
 
-def crossings(trace: Trace, stages: Sequence[StagePlan], degree: int) -> tuple[tuple[Crossing, ...], ...]:
+def crossings(
+    trace: Trace, stages: Sequence[StagePlan], degree: int
+) -> tuple[tuple[Crossing, ...], ...]:
     """Return, for each boundary between two stages, the values that must be sent over it."""
     boundaries: list[list[Crossing]] = [[] for _ in stages[1:]]
     for value in trace.values:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode, _len_torch_function_stack, _pop_m
 
 from ..errors import Nemo2Error
 from ..pytree import tree_flatten, tree_leaves, tree_unflatten
-from ..pipeline.absent import is_absent, name_of
+from ..pipeline.absent import is_absent, name_of, user_line
 from . import collectives
 from .collectives import Axis
 from .cross_entropy import cross_entropy
@@ -143,7 +143,9 @@ def _rowwise(action: Action, axis: Axis, func: Callable[..., Any], args: Any, kw
     return out + bias * kwargs.get("beta", 1)
 
 
-def bind_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+def bind_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     return input, weight, bias
 
 
@@ -174,8 +176,19 @@ def vocab_embedding(ids: Tensor, weight: Tensor, padding_idx: int | None, axis: 
     return collectives.reduce(out.masked_fill(~here.unsqueeze(-1), 0.0), axis)
 
 
-def _cross_entropy(action: Action, axis: Axis, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+def _cross_entropy(
+    action: Action, axis: Axis, func: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    names = (
+        "input",
+        "target",
+        "weight",
+        "size_average",
+        "ignore_index",
+        "reduce",
+        "reduction",
+        "label_smoothing",
+    )
     bound = dict(zip(names, args, strict=False)) | kwargs
     return cross_entropy(
         bound["input"],
@@ -208,9 +221,9 @@ class Script:
     """The calls of one module's forward that need an action, by their running number."""
 
     module: str
+    calls: tuple[str, ...]
     actions: Mapping[int, Action]
     captures: Mapping[int, tuple[Any, ...]]
-    calls: int
 
 
 class Emulate(TorchFunctionMode):
@@ -220,16 +233,24 @@ class Emulate(TorchFunctionMode):
     out by it. Calls on tensors of another stage pass untouched.
     """
 
-    def __init__(self, script: Script, axis: Axis | None, capture: Callable[[Any, Any], None] | None = None) -> None:
+    def __init__(
+        self, script: Script, axis: Axis | None, capture: Callable[[Any, Any], None] | None = None
+    ) -> None:
         super().__init__()
         self.script, self.axis, self.capture, self.count = script, axis, capture, 0
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         number = self.count
         self.count += 1
         kwargs = kwargs or {}
+        if number >= len(self.script.calls) or self.script.calls[number] != name_of(func):
+            raise self._other_path(number, name_of(func))
         action = self.script.actions.get(number)
         if action is None:
             out = func(*args, **kwargs)
@@ -241,13 +262,16 @@ class Emulate(TorchFunctionMode):
                 self.capture(key, tree_leaves(out)[leaf])
         return out
 
+    def _other_path(self, number: int, name: str) -> Nemo2Error:
+        calls = self.script.calls
+        planned = f"'{calls[number]}'" if number < len(calls) else "none"
+        where = f"the forward of '{self.script.module}'" if self.script.module else "the step"
+        return Nemo2Error(
+            f"{where} took another path than when it was planned: torch call {number} was {planned}, "
+            f"now it is '{name}'{user_line()}\n  options: make the path depend only on shapes and on train/eval"
+        )
+
     def _act(self, action: Action, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if name_of(func) != action.name:
-            raise Nemo2Error(
-                f"the forward of '{self.script.module}' took another path than when it was planned: "
-                f"call {self.count - 1} was '{action.name}', now it is '{name_of(func)}'\n"
-                "  options: make the path depend only on shapes and on train/eval"
-            )
         if any(is_absent(x) and x.bound is None for x in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
         if self.axis is None:

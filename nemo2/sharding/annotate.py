@@ -63,7 +63,9 @@ def _on_registration(module: nn.Module, name: str, param: nn.Parameter | None) -
 register_module_parameter_registration_hook(_on_registration)  # type: ignore[arg-type]
 
 
-def shard(target: T, axis: str | None, dim: int | None = None, *, parts: tuple[int, ...] | None = None) -> T:
+def shard(
+    target: T, axis: str | None, dim: int | None = None, *, parts: tuple[int, ...] | None = None
+) -> T:
     """Annotate ``target`` and return it.
 
     Outside a parallel run this changes nothing but the annotation: values, shapes and
@@ -91,13 +93,17 @@ def shard(target: T, axis: str | None, dim: int | None = None, *, parts: tuple[i
     if isinstance(target, nn.Module):
         return _shard_blocks(target, axis)  # type: ignore[return-value]
     if not isinstance(target, Tensor):
-        raise ShardingError(f"cannot shard a {type(target).__name__}: pass a parameter, a tensor or a list of blocks")
+        raise ShardingError(
+            f"cannot shard a {type(target).__name__}: pass a parameter, a tensor or a list of blocks"
+        )
     mark = _checked(_describe(target), tuple(target.shape), axis, dim, parts)
     if isinstance(target, nn.Parameter):
         add_mark(target, mark)
         return target
     if axis not in ("tp", None):
-        raise ShardingError(f'shard(activation, "{axis}"): activations can be laid out over "tp" or None (replicated)')
+        raise ShardingError(
+            f'shard(activation, "{axis}"): activations can be laid out over "tp" or None (replicated)'
+        )
     return constrain(target, mark.dim)  # type: ignore[return-value]
 
 
@@ -120,7 +126,9 @@ def add_mark(param: nn.Parameter, mark: Mark) -> None:
 
 def _shard_blocks(module: nn.Module, axis: str | None) -> nn.Module:
     if axis != "pp":
-        raise ShardingError(f'shard(module, {axis!r}): a module can only be split over "pp"; shard its parameters instead')
+        raise ShardingError(
+            f'shard(module, {axis!r}): a module can only be split over "pp"; shard its parameters instead'
+        )
     if not isinstance(module, (nn.ModuleList, nn.Sequential)):
         raise ShardingError(
             f'shard(module, "pp") takes a ModuleList or Sequential of blocks, got {type(module).__name__}\n'
@@ -139,7 +147,11 @@ def _describe(target: Tensor) -> str:
 
 
 def _checked(
-    where: str, shape: tuple[int, ...], axis: str | None, dim: int | None, parts: tuple[int, ...] | None
+    where: str,
+    shape: tuple[int, ...],
+    axis: str | None,
+    dim: int | None,
+    parts: tuple[int, ...] | None,
 ) -> Mark:
     problems = check(where, shape, axis, dim, parts)
     if problems:
@@ -150,7 +162,11 @@ def _checked(
 
 
 def check(
-    where: str, shape: tuple[int, ...], axis: str | None, dim: int | None, parts: tuple[int, ...] | None
+    where: str,
+    shape: tuple[int, ...],
+    axis: str | None,
+    dim: int | None,
+    parts: tuple[int, ...] | None,
 ) -> list[str]:
     """Return what is wrong with one annotation of a tensor of ``shape``, in words."""
     what = f"cannot shard '{where}' of shape {tuple(shape)}"
@@ -205,14 +221,16 @@ def annotate(model: nn.Module, rules: Mapping[str, Rule] | None = None) -> nn.Mo
             names = _match(pattern, modules if one == "pp" else params)
             if not names:
                 kind = "module" if one == "pp" else "parameter"
-                problems.append(f"rule {pattern!r} matches no {kind}{_nearest(pattern, modules if one == 'pp' else params)}")
+                problems.append(
+                    f"rule {pattern!r} matches no {kind}{_nearest(pattern, modules if one == 'pp' else params)}"
+                )
             for name in names:
                 if one == "pp":
                     blocks.append(modules[name])
                 else:
                     problems += _one_rule(pattern, one, name, params[name], found)
     problems += [
-        f"rule \"pp\" on a {type(m).__name__}: it takes a ModuleList or Sequential of blocks"
+        f'rule "pp" on a {type(m).__name__}: it takes a ModuleList or Sequential of blocks'
         for m in blocks
         if not isinstance(m, (nn.ModuleList, nn.Sequential))
     ]
@@ -227,7 +245,11 @@ def annotate(model: nn.Module, rules: Mapping[str, Rule] | None = None) -> nn.Mo
 
 
 def _one_rule(
-    pattern: str, rule: Rule, name: str, param: nn.Parameter, found: dict[tuple[int, str], tuple[str, str, Mark]]
+    pattern: str,
+    rule: Rule,
+    name: str,
+    param: nn.Parameter,
+    found: dict[tuple[int, str], tuple[str, str, Mark]],
 ) -> list[str]:
     rule = (rule,) if rule is None or isinstance(rule, str) else tuple(rule)
     axis, dim, parts = (*rule, None, None)[:3]
@@ -238,7 +260,9 @@ def _one_rule(
     mark = Mark(axis, dim, tuple(parts) if parts else None)
     earlier = found.setdefault((id(param), str(axis)), (pattern, name, mark))
     if earlier[2] != mark:
-        return [f"rules {earlier[0]!r} and {pattern!r} disagree on '{name}': ({earlier[2]}) and ({mark})"]
+        return [
+            f"rules {earlier[0]!r} and {pattern!r} disagree on '{name}': ({earlier[2]}) and ({mark})"
+        ]
     return []
 
 
@@ -262,7 +286,9 @@ def _matches(pattern: list[str], name: list[str]) -> bool:
 def _nearest(pattern: str, names: Mapping[str, Any]) -> str:
     import difflib
 
-    near = difflib.get_close_matches(pattern.replace("*", "0"), [n for n in names if n], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(
+        pattern.replace("*", "0"), [n for n in names if n], n=1, cutoff=0.5
+    )
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -293,4 +319,6 @@ def collect(model: nn.Module) -> Annotations:
                 names.append(name)
     blocks = [n for n, m in model.named_modules() if m.__dict__.get(_BLOCKS)]
     order = [n for n, _ in model.named_parameters()]
-    return Annotations({n: marks[n] for n in order}, {n: tuple(aliases[n]) for n in order}, tuple(blocks))
+    return Annotations(
+        {n: marks[n] for n in order}, {n: tuple(aliases[n]) for n in order}, tuple(blocks)
+    )

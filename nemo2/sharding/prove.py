@@ -11,11 +11,10 @@ the right shapes, but a different argument, and is found.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import trace as tracing
@@ -23,11 +22,7 @@ from ..pipeline.absent import Absent, absent_call, is_absent, to_meta
 from ..pytree import tree_leaves, tree_unflatten
 from ..trace import Activation, Event, Trace
 from .actions import Action, Fix
-from .layout import Layout
 from .scripts import Programs, installable, needing, programs
-
-if TYPE_CHECKING:
-    from ..plan import Plan
 
 
 class _Differs(Exception):
@@ -35,30 +30,27 @@ class _Differs(Exception):
 
 
 def prove(
-    plan: Plan, model: nn.Module, step: Callable[[], Any], trace: Trace, captured: set[tuple[Any, ...]]
+    trace: Trace,
+    degree: int,
+    blocks: Mapping[str, int],
+    captured: set[tuple[Any, ...]],
+    attempt: Callable[[Prover], str | None],
 ) -> Programs:
-    """Return the programs of the step, emulating only modules whose own code is not enough."""
-    if plan.sizes.tp == 1:
+    """Return the programs of the step, emulating only modules whose own code is not enough.
+
+    Args:
+        attempt: runs the step on local shapes under a prover; returns the module to emulate,
+            or None when the run was the planned one.
+    """
+    if degree == 1:
         return programs(trace, set(), captured)
     emulated = needing(trace, soft=False)
     undecided = needing(trace, soft=True) - emulated
-    by_name = {p.name: p for p in plan.params}
-    names = {id(p): n for n, p in model.named_parameters()}
-
-    def absent(name: str, param: Tensor) -> Absent:
-        shape = by_name[name].local_shape
-        home = param.device if not param.is_meta else torch.device("cpu")
-        out = Absent(torch.empty(shape, dtype=param.dtype, device="meta"), home)
-        out.param, out.needs_grad, out.tp_layout = name, param.requires_grad, Layout(by_name[name].tp_dim)
-        return out
-
-    blocks = {n: i for i, n in enumerate(plan.blocks)} if plan.sizes.pp > 1 else {}
     for _ in range(len(undecided) + 1):
-        prover = Prover(plan.sizes.tp, blocks, trace, emulated)
-        with tracing.planning(model, absent, prover, names):
-            blame = prover.attempt(step)
+        blame = attempt(Prover(degree, blocks, trace, emulated))
         if blame is None:
-            return replace(programs(trace, emulated, captured), proved=tuple(sorted(undecided - emulated)))
+            proved = tuple(sorted(undecided - emulated))
+            return replace(programs(trace, emulated, captured), proved=proved)
         emulated |= _alike(trace, blame)
     return programs(trace, emulated | undecided, captured)
 
@@ -70,13 +62,17 @@ def _alike(trace: Trace, module: str) -> set[str]:
         return tuple((e.name, e.results, e.action is None) for e in activation.events())
 
     wanted = {signature(a) for a in trace.root.walk() if a.module == module}
-    return {module} | {a.module for a in trace.root.walk() if a.module and not a.leaf and signature(a) in wanted}
+    return {module} | {
+        a.module for a in trace.root.walk() if a.module and not a.leaf and signature(a) in wanted
+    }
 
 
 class Prover(tracing.Recorder):
     """Run the step on local shapes and compare each call with the trace."""
 
-    def __init__(self, degree: int, blocks: dict[str, int], trace: Trace, emulated: set[str]) -> None:
+    def __init__(
+        self, degree: int, blocks: Mapping[str, int], trace: Trace, emulated: set[str]
+    ) -> None:
         super().__init__(degree, blocks)
         self.emulated = emulated
         self.expected: dict[int, tuple[Activation, Event]] = {}
@@ -103,17 +99,26 @@ class Prover(tracing.Recorder):
                 return activation.module
         return None
 
-    def call_module(self, name: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def call_module(
+        self, name: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
         depth = len(self.culprit)
         try:
             return super().call_module(name, module, forward, args, kwargs)
         except BaseException:
             if len(self.culprit) == depth:
-                self.culprit = self.culprit or [*self.stack, Activation(name, 0, tracing.is_leaf(module), None)]
+                self.culprit = self.culprit or [
+                    *self.stack,
+                    Activation(name, 0, tracing.is_leaf(module), None),
+                ]
             raise
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         activation, event = self.expected.get(self.numbers, (None, None))
         if activation is None or event is None or event.name != tracing.name_of(func):
@@ -132,16 +137,11 @@ class Prover(tracing.Recorder):
 
     def _translated(self, activation: Activation) -> bool:
         """Say whether this call runs under ``Emulate`` or an installed forward."""
-        if installable(activation) is not None:
-            return True
-        for outer in reversed(self.stack):
-            if outer.module in self.emulated:
-                return True
-            if outer.block is not None:
-                return False
-        return False
+        return activation.module in self.emulated or installable(activation) is not None
 
-    def _absent(self, number: int, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _absent(
+        self, number: int, name: str, func: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
         activation, event = self.expected[number]
         action = event.action
         if action is not None and self._translated(activation):
@@ -151,7 +151,10 @@ class Prover(tracing.Recorder):
         leaves = tree_leaves((args, kwargs))
         if not self._same_operands(event, leaves):
             raise self._differs()
-        if action is None and tuple(x for x in leaves if not isinstance(x, Tensor)) != event.literals:
+        if (
+            action is None
+            and tuple(x for x in leaves if not isinstance(x, Tensor)) != event.literals
+        ):
             raise self._differs()
         out = absent_call(func, args, kwargs)
         outs = [x for x in tree_leaves(out) if is_absent(x)]

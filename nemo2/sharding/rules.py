@@ -74,7 +74,9 @@ class Outcome:
 class Call:
     """One torch call with its operands, as the rules see it."""
 
-    def __init__(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any, degree: int) -> None:
+    def __init__(
+        self, name: str, func: Callable[..., Any], args: Any, kwargs: Any, degree: int
+    ) -> None:
         self.name, self.func, self.args, self.kwargs, self.degree = name, func, args, kwargs, degree
         leaves, self.spec = tree_flatten((args, kwargs))
         self.leaves = leaves
@@ -117,7 +119,9 @@ class Call:
 def _operand(x: Tensor, leaf: int) -> Operand:
     if is_absent(x):
         assert isinstance(x, Absent)
-        return Operand(x.meta, x.tp_layout, (leaf,), x.needs_grad and x.meta.is_floating_point(), x.param)
+        return Operand(
+            x.meta, x.tp_layout, (leaf,), x.needs_grad and x.meta.is_floating_point(), x.param
+        )
     return Operand(to_meta(x), REPLICATED, (leaf,), bool(x.requires_grad), None)
 
 
@@ -154,13 +158,19 @@ def decide(call: Call, out: Any) -> Decision:
                     op.steps.append(("vary", None))
     fixes = tuple(Fix(op.leaves, tuple(op.steps)) for op in call.operands if op.steps)
     plain = outcome.kind == "call" and not fixes
-    action = None if plain else Action(call.name, outcome.kind, fixes, outcome.value, outcome.soft and not fixes)
+    action = (
+        None
+        if plain
+        else Action(call.name, outcome.kind, fixes, outcome.value, outcome.soft and not fixes)
+    )
     layouts = outcome.layouts if isinstance(outcome.layouts, Layout) else tuple(outcome.layouts)
     return Decision(layouts, action, tuple(partial))
 
 
 def _refuse(call: Call, what: str) -> ShardingError:
-    shown = ", ".join(f"{op.param or 'tensor'}{tuple(op.meta.shape)}:{op.layout}" for op in call.operands)
+    shown = ", ".join(
+        f"{op.param or 'tensor'}{tuple(op.meta.shape)}:{op.layout}" for op in call.operands
+    )
     return ShardingError(
         f"'{call.name}' {what} a tensor split over \"tp\" in a way that no rule covers{user_line()}\n"
         f"  operands: {shown}\n  options: write it out of place | annotate less of this module"
@@ -169,7 +179,18 @@ def _refuse(call: Call, what: str) -> ShardingError:
 
 # --- pointwise -------------------------------------------------------------------------
 
-_ALSO_LOCAL = {"_to_copy", "clone", "detach", "alias", "lift_fresh", "copy_", "fill_", "zero_", "zeros_like", "ones_like"} | {
+_ALSO_LOCAL = {
+    "_to_copy",
+    "clone",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "copy_",
+    "fill_",
+    "zero_",
+    "zeros_like",
+    "ones_like",
+} | {
     "empty_like",
     "full_like",
     "rand_like",
@@ -178,7 +199,18 @@ _ALSO_LOCAL = {"_to_copy", "clone", "detach", "alias", "lift_fresh", "copy_", "f
     "contiguous",
     "expand",
 }
-_POINTWISE_NAMES = {"dropout", "dropout_", "contiguous", "clone", "detach", "detach_", "type_as", "to", "float", "half"} | {
+_POINTWISE_NAMES = {
+    "dropout",
+    "dropout_",
+    "contiguous",
+    "clone",
+    "detach",
+    "detach_",
+    "type_as",
+    "to",
+    "float",
+    "half",
+} | {
     "bfloat16",
     "double",
     "type",
@@ -284,7 +316,10 @@ def _view_rule(call: Call, out: Any) -> Outcome:
     view = call.rerun(leaves)
     outs = [x for x in tree_leaves(view) if isinstance(x, Tensor)]
     root = leaves[source.leaves[0]]
-    dims = [_image(root.shape, source.dim, x, call.degree) if torch._C._is_alias_of(x, root) else None for x in outs]
+    dims = [
+        _image(root.shape, source.dim, x, call.degree) if torch._C._is_alias_of(x, root) else None
+        for x in outs
+    ]
     if any(d is None for d in dims) or any(op.dim is not None for op in call.operands[1:]):
         return _gather_rule(call, out)
     layouts = [Layout(d) for d in dims]
@@ -297,7 +332,16 @@ def _view_rule(call: Call, out: Any) -> Outcome:
     return Outcome(layouts, kind, local, soft=True)
 
 
-_SIZED_VIEWS = {"view", "reshape", "expand", "unflatten", "broadcast_to", "view_as", "reshape_as", "expand_as"}
+_SIZED_VIEWS = {
+    "view",
+    "reshape",
+    "expand",
+    "unflatten",
+    "broadcast_to",
+    "view_as",
+    "reshape_as",
+    "expand_as",
+}
 
 
 def _repeat_interleave_rule(call: Call, out: Any) -> Outcome:
@@ -428,9 +472,13 @@ def _linear_rule(call: Call, out: Any) -> Outcome:
     x, w, bias = call.operand(0, "input"), call.operand(1, "weight"), call.operand(2, "bias")
     assert x is not None and w is not None
     names = "abcdefgh"[: x.ndim - 1]
-    letter, layout = _contract(call, [(x, names + "k"), (w, "nk")], names + "n") if x.dim is not None or w.dim is not None else (
-        "n",
-        Layout(x.ndim - 1),
+    letter, layout = (
+        _contract(call, [(x, names + "k"), (w, "nk")], names + "n")
+        if x.dim is not None or w.dim is not None
+        else (
+            "n",
+            Layout(x.ndim - 1),
+        )
     )
     if x.dim is None and w.dim is None:  # only the bias is split
         w.split(0)
@@ -446,7 +494,9 @@ def _addmm_rule(call: Call, out: Any) -> Outcome:
     return _with_bias(bias, letter, layout, 2, "addmm")
 
 
-def _with_bias(bias: Operand | None, letter: str | None, layout: Layout, ndim: int, name: str) -> Outcome:
+def _with_bias(
+    bias: Operand | None, letter: str | None, layout: Layout, ndim: int, name: str
+) -> Outcome:
     if letter == "k":
         if bias is not None:
             bias.gather()
@@ -463,7 +513,11 @@ def _with_bias(bias: Operand | None, letter: str | None, layout: Layout, ndim: i
 
 def _einsum_rule(call: Call, out: Any) -> Outcome:
     equation = call.args[0]
-    tensors = call.args[1] if len(call.args) == 2 and isinstance(call.args[1], (list, tuple)) else call.args[1:]
+    tensors = (
+        call.args[1]
+        if len(call.args) == 2 and isinstance(call.args[1], (list, tuple))
+        else call.args[1:]
+    )
     equation = equation.replace(" ", "") if isinstance(equation, str) else "."
     ins, arrow, result = equation.partition("->")
     terms = ins.split(",")
@@ -555,10 +609,50 @@ def _constrain_rule(call: Call, out: Any) -> Outcome:
     return Outcome(x.layout, "identity")
 
 
-_SIZE_QUERIES = ("shape", "size", "numel", "nelement", "stride", "__len__", "storage_offset", "nbytes")
-_PASSIVE = ("dtype", "device", "ndim", "dim", "requires_grad", "is_floating_point", "is_complex", "is_cuda", "grad_fn") + (
-    ("is_meta", "layout", "is_sparse", "is_nested", "is_quantized", "is_contiguous", "is_leaf", "is_inference", "grad")
-    + ("is_cpu", "__hash__", "is_mkldnn", "names", "_version", "is_mps", "is_xpu", "is_signed", "is_conj", "is_neg")
+_SIZE_QUERIES = (
+    "shape",
+    "size",
+    "numel",
+    "nelement",
+    "stride",
+    "__len__",
+    "storage_offset",
+    "nbytes",
+)
+_PASSIVE = (
+    "dtype",
+    "device",
+    "ndim",
+    "dim",
+    "requires_grad",
+    "is_floating_point",
+    "is_complex",
+    "is_cuda",
+    "grad_fn",
+) + (
+    (
+        "is_meta",
+        "layout",
+        "is_sparse",
+        "is_nested",
+        "is_quantized",
+        "is_contiguous",
+        "is_leaf",
+        "is_inference",
+        "grad",
+    )
+    + (
+        "is_cpu",
+        "__hash__",
+        "is_mkldnn",
+        "names",
+        "_version",
+        "is_mps",
+        "is_xpu",
+        "is_signed",
+        "is_conj",
+        "is_neg",
+    )
     + ("element_size", "data_ptr", "get_device", "is_same_size", "is_shared")
 )
 
@@ -572,22 +666,86 @@ _RULES: dict[str, Callable[[Call, Any], Outcome]] = {
     **dict.fromkeys(_SIZE_QUERIES, _query_rule),
     **dict.fromkeys(_PASSIVE, _passive_rule),
     **dict.fromkeys(
-        ("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "transpose", "permute", "movedim", "moveaxis")
-        + ("swapaxes", "swapdims", "t", "T", "mT", "H", "mH", "unsqueeze", "squeeze", "expand", "expand_as", "select")
-        + ("narrow", "split", "chunk", "tensor_split", "split_with_sizes", "unbind", "__getitem__", "ravel", "broadcast_to")
+        (
+            "view",
+            "reshape",
+            "view_as",
+            "reshape_as",
+            "flatten",
+            "unflatten",
+            "transpose",
+            "permute",
+            "movedim",
+            "moveaxis",
+        )
+        + (
+            "swapaxes",
+            "swapdims",
+            "t",
+            "T",
+            "mT",
+            "H",
+            "mH",
+            "unsqueeze",
+            "squeeze",
+            "expand",
+            "expand_as",
+            "select",
+        )
+        + (
+            "narrow",
+            "split",
+            "chunk",
+            "tensor_split",
+            "split_with_sizes",
+            "unbind",
+            "__getitem__",
+            "ravel",
+            "broadcast_to",
+        )
         + ("transpose_", "squeeze_", "unsqueeze_", "adjoint", "unsafe_chunk", "unsafe_split"),
         _view_rule,
     ),
     "repeat_interleave": _repeat_interleave_rule,
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat_rule),
     "stack": _stack_rule,
-    **dict.fromkeys(("softmax", "log_softmax", "cumsum", "cumprod", "sort", "argsort", "glu", "softmin", "logcumsumexp"), _along_rule),
+    **dict.fromkeys(
+        (
+            "softmax",
+            "log_softmax",
+            "cumsum",
+            "cumprod",
+            "sort",
+            "argsort",
+            "glu",
+            "softmin",
+            "logcumsumexp",
+        ),
+        _along_rule,
+    ),
     **dict.fromkeys(("layer_norm", "rms_norm"), _norm_rule),
     **dict.fromkeys(
-        ("sum", "mean", "amax", "amin", "max", "min", "argmax", "argmin", "var", "std", "logsumexp", "prod", "any", "all"),
+        (
+            "sum",
+            "mean",
+            "amax",
+            "amin",
+            "max",
+            "min",
+            "argmax",
+            "argmin",
+            "var",
+            "std",
+            "logsumexp",
+            "prod",
+            "any",
+            "all",
+        ),
         _reduce_rule,
     ),
-    **dict.fromkeys(("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "dot"), _matmul_rule),
+    **dict.fromkeys(
+        ("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "dot"), _matmul_rule
+    ),
     "linear": _linear_rule,
     "addmm": _addmm_rule,
     "einsum": _einsum_rule,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import ShardingError
-from ..trace import Activation, Event, Trace
+from ..trace import Activation, Trace
 from .actions import Action, Script
 
 
@@ -17,11 +17,13 @@ class Programs:
     Attributes:
         installed: plain ``nn.Linear`` and ``nn.Embedding`` modules with their action.
         scripts: modules that run under ``Emulate``; ``""`` is the step itself.
+        quiet: modules called from an emulated one that run outside of its script.
         proved: modules whose own code was shown to compute the right local sizes.
     """
 
     installed: Mapping[str, Action]
     scripts: Mapping[str, Script]
+    quiet: frozenset[str] = frozenset()
     proved: tuple[str, ...] = ()
 
 
@@ -29,7 +31,9 @@ def installable(activation: Activation) -> Action | None:
     """Return the one action of a plain module's call, or None when there is none."""
     if not activation.leaf:
         return None
-    return next((e.action for e in activation.events() if e.action is not None and not e.action.soft), None)
+    return next(
+        (e.action for e in activation.events() if e.action is not None and not e.action.soft), None
+    )
 
 
 def needing(trace: Trace, *, soft: bool) -> set[str]:
@@ -43,44 +47,35 @@ def needing(trace: Trace, *, soft: bool) -> set[str]:
     }
 
 
-def counted(activation: Activation, emulated: set[str]) -> Iterator[Event]:
-    """Yield the events that ``Emulate`` counts while it runs ``activation``, in order."""
-    for item in activation.items:
-        if isinstance(item, Event):
-            yield item
-        elif item.block is None and item.module not in emulated and installable(item) is None:
-            yield from counted(item, emulated)
-
-
 def programs(trace: Trace, emulated: set[str], captured: set[tuple[object, ...]]) -> Programs:
     """Assemble the programs of one step for the modules in ``emulated``."""
-    captured_calls = {key[1] for key in captured if key[0] == "call"}
-    if captured_calls:
-        emulated = emulated | {""}
     installed: dict[str, Action] = {}
     scripts: dict[str, Script] = {}
+    quiet: set[str] = set()
+    calls = {key[1] for key in captured if key[0] == "call"}
     for activation in trace.root.walk():
         action = installable(activation)
         if action is not None and installed.setdefault(activation.module, action) != action:
             raise _conflict(activation.module)
-        if activation.module in emulated:
-            script = _script(activation, emulated, captured)
+        if activation.module in emulated or any(e.number in calls for e in activation.events()):
+            script = _script(activation, captured)
             if scripts.setdefault(activation.module, script) != script:
                 raise _conflict(activation.module)
-    return Programs(installed, scripts)
+            quiet |= {child.module for child in activation.children()}
+    return Programs(installed, scripts, frozenset(quiet - scripts.keys() - installed.keys()))
 
 
-def _script(activation: Activation, emulated: set[str], captured: set[tuple[object, ...]]) -> Script:
+def _script(activation: Activation, captured: set[tuple[object, ...]]) -> Script:
     actions: dict[int, Action] = {}
     captures: dict[int, tuple[tuple[int, tuple[object, ...]], ...]] = {}
-    count = 0
-    for count, event in enumerate(counted(activation, emulated), start=1):
+    events = list(activation.events())
+    for count, event in enumerate(events):
         if event.action is not None:
-            actions[count - 1] = event.action
+            actions[count] = event.action
         keys = tuple((key[2], key) for key in captured if key[:2] == ("call", event.number))
         if keys:
-            captures[count - 1] = keys  # type: ignore[assignment]
-    return Script(activation.module, actions, captures, count)  # type: ignore[arg-type]
+            captures[count] = keys  # type: ignore[assignment]
+    return Script(activation.module, tuple(e.name for e in events), actions, captures)  # type: ignore[arg-type]
 
 
 def _conflict(module: str) -> ShardingError:

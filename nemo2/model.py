@@ -1,0 +1,447 @@
+"""``ParallelModel``: a module on a mesh, ready to run, differentiate and optimise."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .errors import Nemo2Error, PipelineError
+from .mesh.groups import MeshGroups
+from .pipeline.megatron import Groups, run_schedule
+from .pipeline.microbatch import split_batch
+from .pipeline.runner import StageRunner, Step
+from .plan import Plan, StepPlan, plan_step
+from .pytree import tree_flatten, tree_map, tree_unflatten
+from .sharding.reduce import gradient, norm_of, reduce_gradients
+from .sharding.storage import Storage, local_of
+from .trace import Place
+
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class ParallelModel(nn.Module):
+    """A module split over a mesh; made by ``parallelize``.
+
+    Attributes:
+        params: original name -> DTensor parameter, those of this rank's stage.
+        plan: the frozen analysis, printable.
+        mesh: the ``DeviceMesh``.
+    """
+
+    def __init__(
+        self,
+        runner: StageRunner,
+        plan: Plan,
+        groups: MeshGroups,
+        storage: Storage,
+        managed: list[nn.Module],
+        ties: dict[str, dist.ProcessGroup],
+        mesh: DeviceMesh,
+        seed: int,
+        places: Sequence[Place],
+    ) -> None:
+        super().__init__()
+        self.__dict__["runner"] = runner  # not a submodule: parameter names stay the original ones
+        self.__dict__["managed"] = managed
+        self.plan, self.mesh, self.groups, self.storage = plan, mesh, groups, storage
+        self.ties, self.seed, self.steps = ties, seed, 0
+        self.__dict__["places"] = tuple(places)
+        self._step_plans: OrderedDict[Any, StepPlan | None] = OrderedDict()
+        for module in managed:
+            module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+            module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+
+    # --- what nn.Module users expect, under original names
+
+    @property
+    def module(self) -> nn.Module:
+        """The user's module, with this rank's parameters."""
+        return self.runner.module  # type: ignore[no-any-return]
+
+    @property
+    def params(self) -> dict[str, nn.Parameter]:
+        return {e.name: e.view for e in self.storage}
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (original name, DTensor parameter) of this rank's stage."""
+        for name, param in self.params.items():
+            yield f"{prefix}.{name}" if prefix else name, param
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        yield from self.module.named_buffers(prefix, recurse, remove_duplicate)
+
+    def train(self, mode: bool = True) -> ParallelModel:
+        super().train(mode)
+        self.module.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ParallelModel:
+        raise Nemo2Error(
+            "a parallel model cannot be moved or cast: its memory is laid out on the mesh\n"
+            "  options: cast or move the model before parallelize"
+        )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return original name -> DTensor or buffer of this rank's stage, sharing memory."""
+        state: dict[str, Any] = {name: p.detach() for name, p in self.params.items()}
+        persistent = self.module.state_dict()
+        state |= {n: b for n, b in self.module.named_buffers() if n in persistent}
+        return state
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Return the whole model's state on every rank, loadable into the unsplit module.
+
+        Communication: gathers each parameter over tp and dp, then shares them over stages.
+        """
+        own: dict[str, Tensor] = {}
+        for entry in self.storage:
+            if self.groups.pp_rank == min(entry.plan.stages):
+                own[entry.name] = entry.wrap(entry.local, self.storage.mesh).full_tensor()
+        everything = _share(own, self.groups) if len(self.plan.stages) > 1 else own
+        for plan in self.plan.params:
+            for alias in plan.aliases:
+                everything[alias] = everything[plan.name]
+        persistent = self.module.state_dict()
+        everything |= {n: b for n, b in self.module.named_buffers() if n in persistent}
+        return everything
+
+    def load_full_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy whole tensors, under original names, into this rank's parts."""
+        for entry in self.storage:
+            _copy_into(entry.view, state[entry.name])
+        for name, buffer in self.module.named_buffers():
+            if name in state:
+                buffer.copy_(state[name])
+
+    # --- running
+
+    def forward(self, *args: Any, broadcast_output: bool = False, **kwargs: Any) -> Any:
+        """Run the module forward on this dp coordinate's batch, without gradients.
+
+        Returns:
+            the module's output on the last stage, gathered over tp; ``None`` elsewhere, or
+            with ``broadcast_output=True`` the output on every stage.
+
+        Communication: that of a forward; broadcast over ``pp`` when asked for.
+        """
+        self._refuse_torch_func()
+
+        def step(module: nn.Module, batch: Any) -> Any:
+            return module(*batch[0], **batch[1])
+
+        outputs = self.run_forward(step, (args, kwargs), key=("forward",))
+        output = outputs[0] if outputs else None
+        return self.from_last_stage(output) if broadcast_output else output
+
+    def run_forward(
+        self, step: Step, batch: Any, *, key: Any = None, microbatches: int = 1
+    ) -> list[Any]:
+        """Run ``step(module, batch)`` forward only; its results on the last stage, else []."""
+        parts = [self._to_device(b) for b in split_batch(batch, microbatches)]
+        with torch.no_grad():
+            return self._schedule(step, parts, forward_only=True, key=key)
+
+    def from_last_stage(self, value: Any) -> Any:
+        """Return the last stage's ``value`` on every stage.
+
+        Communication: one object broadcast over ``pp``.
+        """
+        if len(self.plan.stages) == 1:
+            return value
+        box = [value]
+        source = dist.get_global_rank(self.groups.pp, len(self.plan.stages) - 1)
+        dist.broadcast_object_list(box, src=source, group=self.groups.pp, device=self.groups.device)
+        return box[0]
+
+    def backward(self, loss_fn: Step, batch: Any) -> Tensor:
+        """Add the gradient of the loss to each parameter's ``.grad`` and return the loss.
+
+        Args:
+            loss_fn: ``loss_fn(module, batch)`` gets the user's own module; returns a mean, or
+                ``(sum, count)`` for an exact mean when counts differ.
+            batch: this dp coordinate's part of the global batch.
+
+        Returns:
+            the global loss, the same on every rank.
+        """
+        loss, _ = self.run_backward(loss_fn, batch)
+        for entry in self.storage:
+            grad = gradient(entry)
+            if grad is None:
+                continue
+            if entry.view.grad is None:
+                entry.view.grad = entry.wrap(grad, self.storage.mesh)
+            else:
+                local_of(entry.view.grad).add_(grad)
+            entry.compute.grad = None
+        return loss
+
+    def run_backward(
+        self, loss_fn: Step, batch: Any, *, step: int | None = None, has_aux: bool = False
+    ) -> tuple[Tensor, list[Any]]:
+        """Run all microbatches forward and backward; leaves reduced gradients on the entries.
+
+        Returns the global loss and, on the last stage, what each loss_fn returned beside it.
+        """
+        self._refuse_torch_func()
+        for entry in self.storage:
+            entry.compute.grad = None
+        losses = _Losses(loss_fn, has_aux)
+        parts = [
+            self._to_device(b) for b in split_batch(batch, self.plan.options.pipeline.microbatches)
+        ]
+        self.steps = self.steps + 1 if step is None else step
+        with torch.enable_grad():
+            self._schedule(losses, parts, forward_only=False, key=_identity_of(loss_fn))
+        loss, count = self._global_loss(losses)
+        step_plan = self.runner.step_plan
+        partial = step_plan.partial if step_plan is not None else frozenset()
+        planned = step_plan is not None and step_plan.trace.complete
+        used = frozenset(step_plan.trace.param_uses) if step_plan is not None and planned else None
+        reduce_gradients(
+            self.storage, self.groups, partial, self.ties, used, 1.0 / count if count else 0.0
+        )
+        return loss, losses.aux
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale all gradients so that the global norm is at most ``max_norm``; return the norm.
+
+        Communication: one all-reduce of a scalar over the world.
+        """
+        grads = {n: p.grad for n, p in self.params.items() if p.grad is not None}
+        norm = norm_of(grads, self.storage, self.groups)
+        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        for grad in grads.values():
+            local = local_of(grad)
+            local.mul_(scale.to(local.dtype))
+        return norm
+
+    def _schedule(self, step: Step, parts: list[Any], *, forward_only: bool, key: Any) -> list[Any]:
+        groups, runner = self.groups, self.runner
+        with self.storage.computing(), ExitStack() as stack:
+            stack.enter_context(_no_fused_attention())
+            step_plan = self._plan_for(step, parts[0], key)
+            if step_plan is not None:
+                runner.use(step_plan)
+            stack.enter_context(self._seeded())
+            program = _Program(self, step, parts, forward_only)
+            return run_schedule(
+                program,
+                microbatches=len(parts),
+                pp_group=groups.pp if groups.sizes.pp > 1 else None,
+                pp_rank=groups.pp_rank,
+                pp_size=groups.sizes.pp,
+                device=groups.device,
+                incoming=runner.incoming if groups.sizes.pp > 1 else None,
+                outgoing=runner.outgoing if groups.sizes.pp > 1 else None,
+                forward_only=forward_only,
+                no_sync=self._no_sync if self.managed else None,
+                groups=Groups(groups.tp, groups.cp, groups.dp_cp),
+            )
+
+    def _plan_for(self, step: Step, batch: Any, key: Any) -> StepPlan | None:
+        """Return the step's plan, made at the first call for these shapes; None when none is needed."""
+        if self.plan.sizes.tp == 1 and self.plan.sizes.pp == 1:
+            return None
+        leaves, spec = tree_flatten(batch)
+        shapes = tuple(
+            (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else _hashable(x) for x in leaves
+        )
+        full = (key, spec, shapes, self.module.training, torch.is_grad_enabled())
+        if full not in self._step_plans:
+            self._step_plans[full] = self._plan_step(step, batch)
+            while len(self._step_plans) > 64:
+                self._step_plans.popitem(last=False)
+        return self._step_plans[full]
+
+    def _plan_step(self, step: Step, batch: Any) -> StepPlan:
+        with self.runner.as_written(self.managed):
+            result = plan_step(
+                self.plan,
+                self.module,
+                lambda: step(self.module, batch),
+                self.places,
+                self.groups.device,
+            )
+        if result.borrowed:
+            shown = "; ".join(f"'{n}' on stages {list(s)}" for n, s in result.borrowed.items())
+            raise PipelineError(f"parameters are used on stages that do not hold them: {shown}")
+        return result
+
+    def _global_loss(self, losses: _Losses) -> tuple[Tensor, float]:
+        """Return the global loss and the global count, over microbatches and dp.
+
+        Communication: one all-reduce of four numbers over the world.
+        """
+        totals = torch.zeros(4, dtype=torch.float64, device=self.groups.device)
+        if self.runner.last and self.groups.tp_rank == 0:
+            for total, count in losses.pairs:
+                totals[0] += total
+                totals[1] += count
+            totals[2], totals[3] = _DTYPES.index(losses.dtype), 1
+        if self.groups.sizes.world > 1:
+            dist.all_reduce(totals, group=self.groups.world)
+        total, count, dtype, ranks = totals.tolist()
+        value = total / count if count else float("nan")
+        loss = torch.tensor(value, dtype=_DTYPES[round(dtype / ranks)], device=self.groups.device)
+        return loss, count
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """Keep the user's generators as they are; each microbatch draws from its own seed."""
+        devices = [self.groups.device] if self.groups.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            yield
+
+    def seed_for(self, microbatch: int) -> int:
+        g = self.groups
+        parts = (self.seed, self.steps, g.dp_rank, g.pp_rank, microbatch)
+        return hash(parts) & 0x7FFF_FFFF_FFFF_FFFF
+
+    @contextmanager
+    def _no_sync(self) -> Iterator[None]:
+        """Keep FSDP's gathered parameters and unreduced gradients for the time of the context."""
+        self._sync(False)
+        try:
+            yield
+        finally:
+            self._sync(True)
+
+    def _sync(self, on: bool) -> None:
+        root: Any = self.runner
+        root.set_requires_gradient_sync(on)
+        root.set_reshard_after_backward(on)
+        root.set_is_last_backward(on)
+
+    def _to_device(self, batch: Any) -> Any:
+        device = self.groups.device
+        leaves, spec = tree_flatten(batch)
+        moved = [x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in leaves]
+        return tree_unflatten(spec, moved)
+
+    def _refuse_torch_func(self) -> None:
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise Nemo2Error(
+                "torch.func transforms over a ParallelModel are not supported: its gradients cross ranks\n"
+                "  options: nemo2.value_and_grad(loss_fn, model)(model.params, batch) | nemo2.grad"
+            )
+
+
+class _Losses:
+    """Wraps the user's loss function: returns the scalar to differentiate, keeps sums and counts."""
+
+    def __init__(self, loss_fn: Step, has_aux: bool) -> None:
+        self.loss_fn, self.has_aux = loss_fn, has_aux
+        self.pairs: list[tuple[Tensor, Any]] = []
+        self.aux: list[Any] = []
+        self.dtype = torch.float32
+
+    def __call__(self, module: nn.Module, batch: Any) -> Any:
+        return self.loss_fn(module, batch)
+
+    def take(self, result: Any) -> Tensor:
+        if self.has_aux:
+            result, aux = result
+            self.aux.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, aux))
+        loss, count = result if isinstance(result, tuple) else (result, 1.0)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise PipelineError(
+                f"loss_fn must return a scalar mean, or (sum, count); it returned {got}\n"
+                "  options: loss.mean() | (losses.sum(), losses.numel())"
+            )
+        self.dtype = loss.dtype
+        self.pairs.append(
+            (
+                loss.detach().double().reshape(()),
+                count.detach() if isinstance(count, Tensor) else count,
+            )
+        )
+        return loss.reshape(())
+
+
+class _Program:
+    """This rank's stage as Megatron's schedule sees it."""
+
+    def __init__(
+        self, model: ParallelModel, step: Step, parts: list[Any], forward_only: bool
+    ) -> None:
+        self.model, self.step, self.parts, self.forward_only = model, step, parts, forward_only
+
+    def forward(self, microbatch: int, received: tuple[Tensor, ...]) -> Any:
+        model = self.model
+        if model.module.training:
+            torch.manual_seed(model.seed_for(microbatch))
+        output = model.runner.run(self.step, self.parts[microbatch], received)
+        if not model.runner.last or self.forward_only:
+            return output
+        assert isinstance(self.step, _Losses)
+        return self.step.take(output)
+
+
+def _hashable(x: Any) -> Any:
+    try:
+        hash(x)
+    except TypeError:
+        return repr(x)
+    return x
+
+
+def _identity_of(function: Any) -> Any:
+    """Name a function so that the same lambda written in a loop is the same step."""
+    return getattr(function, "__code__", None) or getattr(
+        getattr(function, "__func__", None), "__code__", id(function)
+    )
+
+
+@contextmanager
+def _no_fused_attention() -> Iterator[None]:
+    """Switch off the fused inference path of nn.TransformerEncoderLayer, which reads weights directly."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _copy_into(view: Any, full: Tensor) -> None:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(view, DTensor)
+    part = distribute_tensor(
+        full.to(view.device), view.device_mesh, view.placements, src_data_rank=None
+    )
+    with torch.no_grad():
+        view._local_tensor.copy_(part._local_tensor)
+
+
+def _share(own: dict[str, Tensor], groups: MeshGroups) -> dict[str, Tensor]:
+    """Give every stage's tensors to all stages."""
+    everything: dict[str, Tensor] = {}
+    for stage in range(groups.sizes.pp):
+        source = dist.get_global_rank(groups.pp, stage)
+        here = stage == groups.pp_rank
+        box: list[Any] = [[(n, tuple(t.shape), t.dtype) for n, t in own.items()] if here else None]
+        dist.broadcast_object_list(box, src=source, group=groups.pp, device=groups.device)
+        for name, shape, dtype in box[0]:
+            value = (
+                own[name].contiguous()
+                if here
+                else torch.empty(shape, dtype=dtype, device=groups.device)
+            )
+            dist.broadcast(value, src=source, group=groups.pp)
+            everything[name] = value
+    return everything

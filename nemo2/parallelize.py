@@ -1,0 +1,97 @@
+"""From a module and a mesh to a ``ParallelModel``: plan, place, split, wrap."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .mesh.groups import MeshGroups, new_group
+from .model import ParallelModel
+from .options import Pipeline
+from .pipeline.runner import StageRunner
+from .plan import Plan, plan
+from .sharding.storage import check_same_everywhere, finish, place, shard_over_dp, storage_mesh
+from .trace import places
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    data_parallel: Any = "fsdp",
+    pipeline: Pipeline = Pipeline(),
+    inplace: bool = False,
+    **options: Any,
+) -> ParallelModel:
+    """Return ``model`` split over ``mesh`` as its annotations say.
+
+    The caller's module is left alone unless ``inplace``. Weights and buffers are those of
+    the mesh's first rank, whatever the others drew.
+
+    Args:
+        model: an annotated module with values (not on meta); the same on every rank.
+        mesh: from ``make_mesh``; axes it lacks have size 1.
+        data_parallel: ``"fsdp"``, ``"ddp"`` or a ``DataParallel``.
+        pipeline: microbatches and schedule.
+        inplace: turn the caller's own module into this rank's part.
+        options: ``context_parallel``, ``sequence_parallel``, ``precision``, ``remat`` and
+            ``compile`` of the plan; what is not built yet raises.
+
+    Communication: one broadcast of each parameter and buffer from the first rank.
+    Raises: Nemo2Error and its subclasses, from the plan, on all ranks alike.
+    """
+    planned = plan(model, mesh, data_parallel=data_parallel, pipeline=pipeline, **options)
+    groups = MeshGroups.of(mesh)
+    check_same_everywhere(planned, groups)
+    module = model if inplace else _copy_without_parameters(model)
+    where = places(module)
+    entries = place(planned, model, where, module, groups)
+    runner = StageRunner(module, planned, groups)
+    managed: list[nn.Module] = []
+    if planned.options.data_parallel.kind == "fsdp" and groups.dp_cp.size() > 1:
+        managed = shard_over_dp(planned, runner, module, list(entries.values()), groups)
+    runner.split_into_stages()
+    storage = finish(entries, storage_mesh(groups))
+    ties = _tie_groups(planned, groups)
+    return ParallelModel(
+        runner, planned, groups, storage, managed, ties, mesh, _seed(groups), where
+    )
+
+
+def _copy_without_parameters(model: nn.Module) -> nn.Module:
+    """Return a deep copy of ``model`` that shares its parameters, to be replaced one by one."""
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def _tie_groups(plan: Plan, groups: MeshGroups) -> dict[str, dist.ProcessGroup]:
+    """Make the groups over which the gradients of parameters tied across stages are summed.
+
+    Communication: making groups; the same order on all members.
+    """
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    ties: dict[str, dist.ProcessGroup] = {}
+    for param in plan.params:
+        if len(param.stages) > 1 and groups.pp_rank in param.stages:
+            ranks = tuple(dist.get_global_rank(groups.pp, s) for s in param.stages)
+            if ranks not in made:
+                group = new_group(ranks)
+                assert group is not None
+                made[ranks] = group
+            ties[param.name] = made[ranks]
+    return ties
+
+
+def _seed(groups: MeshGroups) -> int:
+    """Return the first rank's random seed, on every rank."""
+    seed = torch.tensor(
+        [torch.initial_seed() & 0x7FFF_FFFF], dtype=torch.int64, device=groups.device
+    )
+    if groups.sizes.world > 1:
+        dist.broadcast(seed, src=int(groups.mesh.mesh.reshape(-1)[0]), group=groups.world)
+    return int(seed.item())

@@ -1,0 +1,393 @@
+"""One stage at run time: the user's own step, from the received tensors to its stage's end.
+
+Blocks of other stages return absent tensors; the first local block binds the received ones;
+the next stage's first block leaves the user's code with what must be sent. Modules that tensor
+parallelism changes get their planned forward here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import PipelineError
+from ..mesh.groups import MeshGroups
+from ..plan import Plan, StepPlan
+from ..pytree import tree_flatten, tree_leaves, tree_unflatten
+from ..sharding.actions import (
+    Action,
+    Emulate,
+    Script,
+    rowwise_linear,
+    run_action,
+    suspended,
+    vary_once,
+)
+from ..sharding.collectives import Axis, gather
+from .absent import Absent, is_absent, resolve
+from .boundary import Boundary, TensorSpec
+from .stages import Crossing
+
+Step = Callable[[nn.Module, Any], Any]
+
+
+class StageExit(BaseException):
+    """Leaves the user's code when the stage's last block has returned.
+
+    A BaseException, so that ``except Exception`` in user code does not keep it.
+    """
+
+    def __init__(self, outputs: tuple[Tensor, ...]) -> None:
+        super().__init__("the stage is done")
+        self.outputs = outputs
+
+
+@dataclass
+class Passage:
+    """One forward of one microbatch through this stage."""
+
+    received: tuple[Tensor, ...]
+    values: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    mode: Emulate | None = None
+
+
+class StageRunner(nn.Module):
+    """Holds the user's module and runs its step; the root of FSDP.
+
+    Its forward catches ``StageExit``, so hooks of this module run on every stage.
+    """
+
+    def __init__(self, module: nn.Module, plan: Plan, groups: MeshGroups) -> None:
+        super().__init__()
+        self.module = module
+        self.plan, self.groups = plan, groups
+        self.stage = plan.stages[groups.pp_rank]
+        self.axis = Axis("tp", groups.tp, groups.tp_rank, groups.sizes.tp)
+        self.passage: Passage | None = None
+        self.step_plan: StepPlan | None = None
+        self._installed: list[tuple[nn.Module, Any]] = []
+        self._handles: list[RemovableHandle] = []
+        self._absent_blocks: list[tuple[nn.Module, Any]] = []
+
+    @property
+    def first(self) -> bool:
+        return self.stage.index == 0
+
+    @property
+    def last(self) -> bool:
+        return self.stage.index == len(self.plan.stages) - 1
+
+    # --- set-up, once
+
+    def split_into_stages(self) -> None:
+        """Install the hooks of local blocks and the forwards of absent ones."""
+        for i, name in enumerate(self.plan.blocks):
+            block = self.module.get_submodule(name)
+            if self.stage.first <= i <= self.stage.last:
+                block.register_forward_pre_hook(self._entering(i), prepend=True, with_kwargs=True)
+                block.register_forward_hook(self._leaving)
+            else:
+                forward = self._absent_forward(i, name)
+                block.__dict__["forward"] = forward
+                self._absent_blocks.append((block, forward))
+
+    def _entering(self, index: int) -> Callable[..., tuple[Any, Any]]:
+        def hook(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+            passage = self.passage
+            if passage is None:  # recomputation, or planning
+                return resolve((args, kwargs))  # type: ignore[no-any-return]
+            if index == self.stage.first:
+                self._bind(passage, block)
+            if passage.mode is not None:
+                _pop_mode()
+            args, kwargs = resolve((args, kwargs))
+            for x in tree_leaves((args, kwargs)):
+                if is_absent(x):
+                    raise AssertionError(f"block {index} got a value that no stage has sent: {x!r}")
+            return args, kwargs
+
+        return hook
+
+    def _leaving(self, block: nn.Module, args: Any, output: Any) -> None:
+        if self.passage is not None and self.passage.mode is not None:
+            _push_mode(self.passage.mode)
+
+    def _bind(self, passage: Passage, block: nn.Module) -> None:
+        """Give the received tensors to the absent ones that stand for them."""
+        if self.first:
+            return
+        if block.training and torch.is_grad_enabled() is False and self._expects_grad:
+            raise PipelineError(
+                "the first block of this stage runs without gradients while training: a reentrant activation "
+                "checkpoint around it would lose the gradients of earlier stages\n"
+                "  options: checkpoint(..., use_reentrant=False)"
+            )
+        for crossing, value in zip(self.incoming_values, passage.received, strict=True):
+            target = passage.values.get(crossing.key)
+            if is_absent(target):
+                target.bind(value)
+
+    def _absent_forward(self, index: int, name: str) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            passage, plan = self.passage, self.step_plan
+            if passage is None or plan is None:
+                raise PipelineError(
+                    f"block '{name}' lives on another pipeline stage: call the parallel model"
+                )
+            if index == self.stage.last + 1:
+                raise StageExit(self._outgoing(passage))
+            block = plan.blocks[index]
+            given = tree_leaves((args, kwargs))
+            made: list[Any] = []
+            for leaf, (kind, *rest) in enumerate(block.leaves):
+                if kind == "absent":
+                    with suspended():
+                        x = Absent.like(rest[0], rest[1], self.groups.device)
+                    passage.values[("out", name, 0, leaf)] = x
+                    made.append(x)
+                else:
+                    made.append(given[rest[0]] if kind == "arg" else rest[0])
+            return tree_unflatten(block.spec, made)
+
+        return forward
+
+    def _outgoing(self, passage: Passage) -> tuple[Tensor, ...]:
+        out = []
+        for crossing in self.outgoing_values:
+            value = resolve(passage.values.get(crossing.key))
+            if not isinstance(value, Tensor) or is_absent(value):
+                raise AssertionError(f"stage {self.stage.index} has no value for {crossing}")
+            out.append(value)
+        return tuple(out)
+
+    # --- the current kind of step
+
+    @property
+    def incoming_values(self) -> tuple[Crossing, ...]:
+        assert self.step_plan is not None
+        return self.step_plan.boundaries[self.stage.index - 1]
+
+    @property
+    def outgoing_values(self) -> tuple[Crossing, ...]:
+        assert self.step_plan is not None
+        return self.step_plan.boundaries[self.stage.index]
+
+    @property
+    def incoming(self) -> Boundary | None:
+        return None if self.first else _boundary(self.incoming_values)
+
+    @property
+    def outgoing(self) -> Boundary | None:
+        return None if self.last else _boundary(self.outgoing_values)
+
+    @property
+    def _expects_grad(self) -> bool:
+        return any(c.requires_grad for c in self.incoming_values)
+
+    def use(self, step_plan: StepPlan) -> None:
+        """Install the forwards and captures of ``step_plan``; nothing to do when it is current."""
+        if step_plan is self.step_plan:
+            return
+        self._uninstall()
+        self.step_plan = step_plan
+        for name, action in step_plan.programs.installed.items():
+            self._install(name, lambda m, f, a=action: plain_forward(m, f, a, self.axis))  # type: ignore[misc]
+        for name, script in step_plan.programs.scripts.items():
+            if name:
+                self._install(name, lambda m, f, s=script: self._emulated(f, s))  # type: ignore[misc]
+        for name in step_plan.programs.quiet:
+            self._install(name, lambda m, f: quiet_forward(f))
+        for module_name in {c.key[1] for b in step_plan.boundaries for c in b if c.key[0] == "out"}:
+            module = self.module.get_submodule(module_name)
+            self._handles.append(module.register_forward_hook(self._capturing(module_name)))
+
+    def _uninstall(self) -> None:
+        for module, forward in reversed(self._installed):
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+        for handle in self._handles:
+            handle.remove()
+        self._installed, self._handles, self.step_plan = [], [], None
+
+    @contextmanager
+    def as_written(self, managed: Sequence[nn.Module]) -> Iterator[None]:
+        """Show the module as the user wrote it, for planning: no forwards or FSDP hooks of ours."""
+        self._uninstall()
+        forwards = [(block, block.__dict__.pop("forward")) for block, _ in self._absent_blocks]
+        hooks = [(m, dict(m._forward_pre_hooks), dict(m._forward_hooks)) for m in managed]
+        for module in managed:
+            state = module._get_fsdp_state()  # type: ignore[operator]
+            module._forward_pre_hooks.pop(state._pre_forward_hook_handle.id, None)
+            module._forward_hooks.pop(state._post_forward_hook_handle.id, None)
+        try:
+            yield
+        finally:
+            for block, forward in forwards:
+                block.__dict__["forward"] = forward
+            for module, before, after in hooks:
+                _refill(module._forward_pre_hooks, before)
+                _refill(module._forward_hooks, after)
+
+    def _install(self, name: str, make: Callable[[nn.Module, Callable[..., Any]], Any]) -> None:
+        index = next(
+            (i for i, b in enumerate(self.plan.blocks) if name == b or name.startswith(b + ".")),
+            None,
+        )
+        if (
+            index is not None
+            and not self.stage.first <= index <= self.stage.last
+            and len(self.plan.stages) > 1
+        ):
+            return
+        module = self.module.get_submodule(name)
+        self._installed.append((module, module.__dict__.get("forward")))
+        module.__dict__["forward"] = make(module, module.forward)
+
+    def _emulated(self, original: Callable[..., Any], script: Script) -> Callable[..., Any]:
+        """Return a forward that runs the module's own code under ``Emulate``."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            capture = self.passage.values.__setitem__ if self.passage is not None else None
+            with suspended(), Emulate(script, self.axis, capture):
+                return original(*args, **kwargs)
+
+        return forward
+
+    def _capturing(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            passage = self.passage
+            if passage is None:
+                return
+            ordinal = passage.counts[name] = passage.counts.get(name, -1) + 1
+            for leaf, x in enumerate(tree_leaves(output)):
+                if isinstance(x, Tensor):
+                    passage.values[("out", name, ordinal, leaf)] = x
+
+        return hook
+
+    # --- one microbatch
+
+    def run(self, step: Step, batch: Any, received: tuple[Tensor, ...]) -> Any:
+        """Run this stage's part of ``step`` on one microbatch."""
+        self.passage = Passage(received)
+        self.axis.varied.clear()
+        try:
+            with _modes_restored():
+                return self(step, batch)
+        finally:
+            self.passage = None
+            self.axis.varied.clear()
+
+    def forward(self, step: Step, batch: Any) -> Any:
+        passage = self.passage
+        assert passage is not None
+        script = self.step_plan.programs.scripts.get("") if self.step_plan is not None else None
+        mode: AbstractContextManager[Any] = nullcontext()
+        if script is not None:
+            passage.mode = mode = Emulate(script, self.axis, passage.values.__setitem__)
+        try:
+            with mode:
+                output = step(self.module, batch)
+        except StageExit as exit:
+            return exit.outputs
+        if not self.last:
+            raise AssertionError("the step ended before the next stage's first block")
+        return self._whole(output)
+
+    def _whole(self, output: Any) -> Any:
+        """Gather what the step returns split over ``tp``."""
+        layouts = self.step_plan.output if self.step_plan is not None else ()
+        if all(layout.replicated for layout in layouts):
+            return output
+        leaves, spec = tree_flatten(output)
+        for i, (x, layout) in enumerate(zip(leaves, layouts, strict=True)):
+            if layout.dim is not None:
+                leaves[i] = gather(x, layout.dim, self.axis)
+        return tree_unflatten(spec, leaves)
+
+
+def _refill(hooks: MutableMapping[int, Any], before: dict[int, Any]) -> None:
+    hooks.clear()
+    hooks.update(before)
+
+
+def _boundary(values: tuple[Crossing, ...]) -> Boundary:
+    return Boundary(tuple(TensorSpec(c.local_shape, c.dtype, c.requires_grad) for c in values))
+
+
+@contextmanager
+def _modes_restored() -> Iterator[None]:
+    """Leave the stack of torch-function modes as it was, also when the user's code raises."""
+    depth = _len_torch_function_stack()
+    try:
+        yield
+    finally:
+        while _len_torch_function_stack() > depth:
+            _pop_mode()
+
+
+def quiet_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward that its caller's script does not count."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with suspended():
+            return original(*args, **kwargs)
+
+    return forward
+
+
+def plain_forward(
+    module: nn.Module, original: Callable[..., Any], action: Action, axis: Axis
+) -> Callable[..., Any]:
+    """Return the planned forward of an ``nn.Linear`` or ``nn.Embedding``."""
+    if (
+        action.kind == "call"
+        and isinstance(module, nn.Linear)
+        and [f.steps for f in action.fixes] == [(("vary", None),)]
+    ):
+
+        def local(x: Tensor) -> Tensor:
+            return F.linear(vary_once(x, axis), module.weight, module.bias)
+
+    elif action.kind == "rowwise" and not action.fixes:
+
+        def local(x: Tensor) -> Tensor:
+            return rowwise_linear(x, module.weight, module.bias, axis)  # type: ignore[arg-type]
+
+    elif isinstance(module, nn.Linear):
+
+        def local(x: Tensor) -> Tensor:
+            return run_action(action, axis, F.linear, (x, module.weight, module.bias), {})  # type: ignore[no-any-return]
+
+    else:
+
+        def local(x: Tensor) -> Tensor:
+            args = (x, module.weight, module.padding_idx, module.max_norm, module.norm_type)
+            return run_action(  # type: ignore[no-any-return]
+                action, axis, F.embedding, (*args, module.scale_grad_by_freq, module.sparse), {}
+            )
+
+    def planned(x: Tensor) -> Tensor:
+        x = resolve(x)
+        if is_absent(module.weight) or is_absent(x):
+            return original(x)  # type: ignore[no-any-return]
+        return local(x)
+
+    def forward(input: Tensor) -> Tensor:
+        if not _len_torch_function_stack():
+            return planned(input)
+        with suspended():
+            return planned(input)
+
+    return forward

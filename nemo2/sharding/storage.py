@@ -1,0 +1,238 @@
+"""Where parameters live: plain local tensors inside a run, DTensors outside.
+
+A run computes on plain local parameters (FSDP2's own over ``dp``). Between runs the module
+holds *views* of the same memory as DTensors over the mesh ``(tp, dp)``, under the original
+names: what optimizers, checkpoints and users see.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from ..errors import Nemo2Error
+from ..mesh.groups import MeshGroups
+from ..pipeline.absent import Absent
+from ..pipeline.stages import expected_stages
+from ..plan import ParamPlan, Plan
+from ..trace import Place
+
+
+@dataclass
+class Entry:
+    """One parameter on this rank.
+
+    Attributes:
+        places: the (module, attribute) pairs that hold it on this stage.
+        compute: the parameter that a run uses: plain and local to ``tp``; under FSDP its
+            shard over ``dp``.
+        view: the same memory as a DTensor parameter, outside of runs.
+    """
+
+    plan: ParamPlan
+    places: list[tuple[nn.Module, str]]
+    compute: nn.Parameter
+    placements: tuple[Placement, ...]
+    view: nn.Parameter = field(init=False)
+
+    @property
+    def name(self) -> str:
+        return self.plan.name
+
+    @property
+    def local(self) -> Tensor:
+        """This rank's memory of the parameter."""
+        return local_of(self.compute)
+
+    @property
+    def replicated_over_dp(self) -> bool:
+        return self.placements[1].is_replicate()
+
+    def wrap(self, local: Tensor, mesh: DeviceMesh) -> DTensor:
+        """Return ``local`` (in the layout of this parameter) as a DTensor of global shape."""
+        shape = torch.Size(self.plan.shape)
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            local, mesh, self.placements, run_check=False, shape=shape, stride=stride
+        )
+
+    def show(self, compute: bool) -> None:
+        for module, leaf in self.places:
+            module._parameters[leaf] = self.compute if compute else self.view
+
+
+def local_of(x: Tensor) -> Tensor:
+    """Return the local memory of a tensor that may be a DTensor, without autograd."""
+    return x._local_tensor if isinstance(x, DTensor) else x.detach()
+
+
+@dataclass
+class Storage:
+    """All parameters of this rank's stage, in the order of the unsplit model."""
+
+    entries: dict[str, Entry]
+    mesh: DeviceMesh
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries.values())
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Put the plain local parameters into the module for the time of a run."""
+        for entry in self:
+            entry.show(compute=True)
+        try:
+            yield
+        finally:
+            for entry in self:
+                entry.show(compute=False)
+
+
+def storage_mesh(groups: MeshGroups) -> DeviceMesh:
+    """Return the mesh ``(tp, dp)`` of this stage, on which parameters are DTensors.
+
+    ``tp`` comes first: a dim is split by tensor parallelism, and FSDP splits what is left.
+    """
+    ranks = groups.mesh.mesh[groups.pp_rank].reshape(-1, groups.sizes.tp).T.contiguous()
+    return DeviceMesh.from_group(
+        [groups.tp, groups.dp_cp], groups.device.type, mesh=ranks, mesh_dim_names=("tp", "dp")
+    )
+
+
+def check_same_everywhere(plan: Plan, groups: MeshGroups) -> None:
+    """Raise on all ranks alike when the ranks do not hold the same model and options.
+
+    Communication: one all-gather of 32 bytes a rank over the world.
+    """
+    if groups.sizes.world == 1:
+        return
+    text = repr((plan.sizes, plan.options, plan.params, plan.blocks, plan.stages))
+    digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+    digest = digest.to(groups.device)
+    everyone = digest.new_empty((groups.sizes.world * digest.numel(),))
+    dist.all_gather_into_tensor(everyone, digest, group=groups.world)
+    rows = everyone.view(groups.sizes.world, -1)
+    odd = [r for r in range(groups.sizes.world) if not torch.equal(rows[r], rows[0])]
+    if odd:
+        raise Nemo2Error(
+            f"parallelize got different models or options on different ranks: ranks {odd} differ from rank 0\n"
+            "  options: build the same model with the same annotations and options on every rank"
+        )
+
+
+def place(
+    plan: Plan, model: nn.Module, where: Sequence[Place], module: nn.Module, groups: MeshGroups
+) -> dict[str, Entry]:
+    """Fill the places of ``module`` with this rank's parts of rank 0's values of ``model``.
+
+    Parameters of other stages leave ``_parameters`` and stay behind as absent attributes.
+
+    Communication: one broadcast of each parameter and buffer over the world.
+    """
+    _refuse_meta(model)
+    values = dict(model.named_parameters())
+    holders = {w.name: _holders(plan, model, w.name) for w in where}
+    entries: dict[str, Entry] = {}
+    for param in plan.params:
+        full = _from_rank_0(values[param.name].detach(), groups)
+        if groups.pp_rank in param.stages:
+            compute = nn.Parameter(_tp_part(full, param, groups), requires_grad=param.trainable)
+            entries[param.name] = Entry(param, [], compute, (Replicate(), Replicate()))
+        absent = Absent.like(param.shape, param.dtype, groups.device)
+        absent.param = param.name
+        for w in where:
+            if w.param == param.name:
+                w.module._parameters.pop(w.leaf)
+                if groups.pp_rank in holders[w.name]:
+                    entries[param.name].places.append((w.module, w.leaf))
+                    w.module._parameters[w.leaf] = entries[param.name].compute
+                else:
+                    w.module.__dict__[w.leaf] = absent
+    for sub in module.modules():
+        for leaf, buffer in sub._buffers.items():
+            if buffer is not None:
+                sub._buffers[leaf] = _from_rank_0(buffer, groups)
+    return entries
+
+
+def _holders(plan: Plan, model: nn.Module, name: str) -> tuple[int, ...]:
+    return expected_stages(model, (name,), plan.blocks, plan.stages)
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    on_meta = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    if on_meta:
+        raise Nemo2Error(
+            f"cannot parallelize a model on meta: {len(on_meta)} tensors such as '{on_meta[0]}' have no values; "
+            "materialising shard by shard is not built yet\n  options: build the model on cpu | plan(model, ...) works on meta"
+        )
+
+
+def _from_rank_0(value: Tensor, groups: MeshGroups) -> Tensor:
+    value = value.to(groups.device, copy=True).contiguous()
+    if groups.sizes.world > 1:
+        root = int(groups.mesh.mesh.reshape(-1)[0])
+        dist.broadcast(value, src=root, group=groups.world)
+    return value
+
+
+def _tp_part(full: Tensor, param: ParamPlan, groups: MeshGroups) -> Tensor:
+    if param.tp_dim is None:
+        return full
+    size = full.shape[param.tp_dim] // groups.sizes.tp
+    return full.narrow(param.tp_dim, groups.tp_rank * size, size).clone()
+
+
+def shard_over_dp(
+    plan: Plan, runner: nn.Module, module: nn.Module, entries: Sequence[Entry], groups: MeshGroups
+) -> list[nn.Module]:
+    """Split the parameters over ``dp`` with FSDP2; returns the modules that FSDP manages.
+
+    Zero-dimensional parameters are left whole, which FSDP2 cannot split.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    ignored = {e.compute for e in entries if not e.plan.shape}
+    by_id = {id(e.compute): e for e in entries}
+    keep = plan.options.pipeline.microbatches > 1 or plan.sizes.pp > 1
+
+    def placement(param: nn.Parameter) -> Shard:
+        return Shard(by_id[id(param)].plan.dp_dim or 0)
+
+    local = plan.stages[groups.pp_rank]
+    blocks = [module.get_submodule(n) for n in plan.blocks[local.first : local.last + 1]]
+    managed: list[nn.Module] = []
+    for target in (*blocks, runner):
+        if target is runner or any(p.numel() for p in target.parameters()):
+            fully_shard(
+                target,
+                mesh=groups.data_mesh,
+                reshard_after_forward=False if keep or target is runner else True,
+                shard_placement_fn=placement,
+                ignored_params=ignored,
+            )
+            managed.append(target)
+    for entry in entries:
+        owner, leaf = entry.places[0]
+        entry.compute = owner._parameters[leaf]  # type: ignore[assignment]
+    return managed
+
+
+def finish(entries: dict[str, Entry], mesh: DeviceMesh) -> Storage:
+    """Make the DTensor views and leave the module with them."""
+    for entry in entries.values():
+        tp = Replicate() if entry.plan.tp_dim is None else Shard(entry.plan.tp_dim)
+        over_dp = isinstance(entry.compute, DTensor)
+        dp = Shard(entry.plan.dp_dim or 0) if over_dp else Replicate()
+        entry.placements = (tp, dp)
+        entry.view = nn.Parameter(entry.wrap(entry.local, mesh), requires_grad=entry.plan.trainable)
+        entry.show(compute=False)
+    return Storage(entries, mesh)
