@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from .errors import PipelineError
 from .pytree import tree_flatten, tree_leaves, tree_unflatten
-from .pipeline.absent import Absent, absent_call, is_absent, name_of, to_meta, user_line
-from .sharding.actions import Action, suspended
+from .pipeline.absent import Absent, absent_call, is_absent, is_inplace, name_of, to_meta, user_line
+from .sharding.actions import Action, Watcher, suspended
 from .sharding.layout import REPLICATED, Layout
-from .sharding.rules import Call, Decision, decide, is_query
+from .sharding.calls import Call, Decision, differentiable, refuse
+from .sharding.rules import decide, is_query
 
 _SCALAR_READS = {"item": 1.0, "__float__": 1.0, "tolist": 1.0}
 
@@ -39,6 +39,7 @@ class Event:
     layouts: tuple[Layout, ...]
     global_shapes: tuple[tuple[int, ...], ...] = ()
     operand_leaves: tuple[tuple[int, ...], ...] = ()
+    wants_grad: tuple[bool, ...] = ()
     dtype: torch.dtype | None = None
     output: Any = None
 
@@ -65,12 +66,21 @@ class Activation:
             yield from child.walk()
 
 
+def _memory(meta: Tensor) -> int:
+    return int(meta.untyped_storage()._cdata)
+
+
 @dataclass(frozen=True)
 class BlockOutput:
     """What a block returns: per leaf ``("absent", shape, dtype)``, ``("arg", i)`` or ``("const", x)``."""
 
     spec: Any
     leaves: tuple[tuple[Any, ...], ...]
+
+
+def identity(x: Tensor) -> Any:
+    """Name what an absent tensor stands for; None for a real one."""
+    return (x.key or x.param) if isinstance(x, Absent) else None
 
 
 @dataclass
@@ -80,6 +90,7 @@ class Value:
     key: tuple[Any, ...]
     absent: Absent
     born: int
+    number: int
     uses: set[int] = field(default_factory=set)
 
 
@@ -98,7 +109,7 @@ class Trace:
     complete: bool
 
 
-class Recorder(TorchFunctionMode):
+class Recorder(Watcher):
     """Watch all torch calls of one planning run."""
 
     def __init__(self, degree: int, blocks: Mapping[str, int]) -> None:
@@ -114,6 +125,7 @@ class Recorder(TorchFunctionMode):
         self.values: dict[int, Value] = {}
         self.block_outputs: dict[int, BlockOutput] = {}
         self.ordinals: dict[str, int] = {}
+        self.copied: set[int] = set()  # memory of which some views were gathered
 
     # --- torch calls
 
@@ -132,7 +144,8 @@ class Recorder(TorchFunctionMode):
         absents = [x for x in leaves if is_absent(x)]
         if not absents:
             out = func(*args, **kwargs)
-            self.stack[-1].items.append(Event(number, name, None, (), (), (), ()))
+            literals = tuple(x for x in leaves if not isinstance(x, Tensor))
+            self.stack[-1].items.append(Event(number, name, None, literals, (), (), ()))
             return out
         if name in _SCALAR_READS and absents[0].meta.numel() == 1 and self._after_blocks():
             self.stack[-1].items.append(Event(number, name, None, (), (), (), ()))
@@ -158,19 +171,38 @@ class Recorder(TorchFunctionMode):
         for leaf, (x, layout) in enumerate(zip(outs, per_leaf, strict=True)):
             if x.key is None and x.param is None:
                 self._born(x, ("call", number, leaf), layout)
-                x.needs_grad = grad and x.meta.is_floating_point()
+                x.needs_grad = grad and differentiable(x.meta)
+        if grad and is_inplace(name):
+            self._spread_gradient(call.operands[0].meta)
         self.stack[-1].items.append(self._event(number, call, decision, out, outs))
         return out
 
+    def _spread_gradient(self, written: Tensor) -> None:
+        """After a write in place a gradient flows through all that shares the memory."""
+        memory = _memory(written)
+        for value in self.values.values():
+            if _memory(value.absent.meta) == memory and differentiable(value.absent.meta):
+                value.absent.needs_grad = True
+
+    def _check_memory(self, call: Call, out: Any) -> None:
+        """Refuse a write in place into a tensor whose view is a copy on each rank, and so unseen."""
+        if is_inplace(call.name) and _memory(call.operands[0].meta) in self.copied:
+            raise refuse(call, "writes in place into memory shared with")
+        results = {_memory(x) for x in tree_leaves(out) if isinstance(x, Tensor)}
+        for op in call.operands:
+            if any(step != "vary" for step, _ in op.steps) and _memory(op.meta) in results:
+                self.copied.add(_memory(op.meta))
+
     def _decide(self, number: int, call: Call, out: Any) -> Decision:
-        decision = decide(call, to_meta(out))
+        out = to_meta(out)
+        decision = decide(call, out)
+        self._check_memory(call, out)
         partial = {param for param, _ in decision.partial_params}
         for param, leaf in decision.partial_params:
             self.partial_uses.setdefault(param, []).append((number, leaf))
         if not is_query(call.name):
-            self.full_uses |= {
-                op.param for op in call.operands if op.param and op.dim is None and not op.steps
-            } - partial
+            whole = {op.param for op in call.operands if op.param and op.entry.replicated}
+            self.full_uses |= whole - partial
         return decision
 
     def _event(
@@ -179,7 +211,7 @@ class Recorder(TorchFunctionMode):
         shapes = tuple(x.tp_layout.local_shape(tuple(x.meta.shape), self.degree) for x in outs)
         operands = tuple(
             (
-                getattr(call.leaves[op.leaves[0]], "key", None),
+                identity(call.leaves[op.leaves[0]]),
                 op.entry.local_shape(tuple(op.meta.shape), self.degree),
             )
             for op in call.operands
@@ -195,6 +227,7 @@ class Recorder(TorchFunctionMode):
             tuple(x.tp_layout for x in outs),
         )
         event.output = self._shape_of_output(out)
+        event.wants_grad = tuple(op.needs_grad for op in call.operands)
         event.operand_leaves = tuple(op.leaves for op in call.operands)
         event.global_shapes = tuple(tuple(op.meta.shape) for op in call.operands)
         event.dtype = next(
@@ -214,7 +247,7 @@ class Recorder(TorchFunctionMode):
 
     def _born(self, x: Absent, key: tuple[Any, ...], layout: Layout) -> None:
         x.key, x.tp_layout = key, layout
-        self.values[id(x)] = Value(key, x, self.position)
+        self.values[id(x)] = Value(key, x, self.position, len(self.values))
 
     def _note_uses(self, absents: Sequence[Absent]) -> None:
         for x in absents:
@@ -235,6 +268,7 @@ class Recorder(TorchFunctionMode):
         block = self.block_index.get(name)
         with suspended():
             ordinal = self.ordinals[name] = self.ordinals.get(name, -1) + 1
+            start = len(self.values)
             if block is not None:
                 self._enter_block(name, block, ordinal)
                 self._note_uses([x for x in tree_leaves((args, kwargs)) if is_absent(x)])
@@ -256,7 +290,7 @@ class Recorder(TorchFunctionMode):
         with suspended():
             if block is not None:
                 out = self._leave_block(block, args, kwargs, out)
-            self._rekey(name, ordinal, out)
+            self._rekey(name, ordinal, out, start)
         return out
 
     def _enter_block(self, name: str, block: int, ordinal: int) -> None:
@@ -291,10 +325,13 @@ class Recorder(TorchFunctionMode):
         self.block_outputs[block] = BlockOutput(spec, tuple(described))
         return tree_unflatten(spec, leaves)
 
-    def _rekey(self, name: str, ordinal: int, out: Any) -> None:
-        """Name a value by the module that returned it: that can be found again on any stage."""
+    def _rekey(self, name: str, ordinal: int, out: Any, start: int) -> None:
+        """Name a value by the outermost module that made and returned it.
+
+        Such a name can be found again on any stage, where the module may be absent.
+        """
         for leaf, x in enumerate(tree_leaves(out)):
-            if is_absent(x) and x.param is None and x.key is not None and x.key[0] == "call":
+            if is_absent(x) and id(x) in self.values and self.values[id(x)].number >= start:
                 x.key = ("out", name, ordinal, leaf)
                 self.values[id(x)].key = x.key
 

@@ -128,6 +128,17 @@ def _expand(action: Action, axis: Axis, func: Callable[..., Any], args: Any, kwa
     return args[0].expand(action.value)
 
 
+def _constructor(
+    action: Action, axis: Axis, func: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    """Run ``zeros_like`` and its kin on a tensor of the global shape, without its memory."""
+    leaves, spec = tree_flatten((args, kwargs))
+    first = next(i for i, x in enumerate(leaves) if isinstance(x, Tensor))
+    leaves[first] = leaves[first].detach().new_empty(()).expand(action.value)
+    args, kwargs = tree_unflatten(spec, leaves)
+    return func(*args, **kwargs)
+
+
 def _partial(action: Action, axis: Axis, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     out = collectives.reduce(func(*args, **kwargs), axis)
     return out / axis.degree if action.value == "mean" else out
@@ -138,9 +149,14 @@ def _rowwise(action: Action, axis: Axis, func: Callable[..., Any], args: Any, kw
     if action.value == "linear":
         x, weight, bias = bind_linear(*args, **kwargs)
         return rowwise_linear(x, weight, bias, axis)
-    bias, a, b = args[:3]
-    out = collectives.reduce(torch.matmul(a, b), axis) * kwargs.get("alpha", 1)
-    return out + bias * kwargs.get("beta", 1)
+    return _rowwise_addmm(axis, *args, **kwargs)
+
+
+def _rowwise_addmm(
+    axis: Axis, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    out = collectives.reduce(torch.mm(mat1, mat2), axis) * alpha
+    return out + (input * beta).to(out.dtype)
 
 
 def bind_linear(
@@ -151,7 +167,7 @@ def bind_linear(
 
 def rowwise_linear(x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis) -> Tensor:
     out = collectives.reduce(F.linear(x, weight), axis)
-    return out if bias is None else out + bias
+    return out if bias is None else out + bias.to(out.dtype)  # dtypes differ under autocast
 
 
 def _embedding(action: Action, axis: Axis, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -208,6 +224,7 @@ _KINDS: Mapping[str, Callable[..., Any]] = {
     "call": _call,
     "identity": _identity,
     "reshape": _reshape,
+    "constructor": _constructor,
     "expand": _expand,
     "partial": _partial,
     "rowwise": _rowwise,
@@ -226,7 +243,11 @@ class Script:
     captures: Mapping[int, tuple[Any, ...]]
 
 
-class Emulate(TorchFunctionMode):
+class Watcher(TorchFunctionMode):
+    """A mode of ours that counts the torch calls of the user's code; see ``suspended``."""
+
+
+class Emulate(Watcher):
     """Run a module's own code on local tensors while it sees global sizes.
 
     Every torch call of the module's forward is counted; a call with an action is carried
@@ -281,12 +302,29 @@ class Emulate(TorchFunctionMode):
 
 @contextmanager
 def suspended() -> Iterator[None]:
-    """Leave all torch-function modes for the time of a block or an installed module."""
-    modes = []
-    while _len_torch_function_stack():
-        modes.append(_pop_mode())
+    """Leave our own torch-function modes, and no others, for the time of a block or module."""
+    removed = pause()
     try:
         yield
     finally:
-        for mode in reversed(modes):
+        resume(removed)
+
+
+def pause() -> list[TorchFunctionMode]:
+    """Take our modes off the stack; returns the stack as it was, for ``resume``."""
+    before: list[TorchFunctionMode] = []
+    while _len_torch_function_stack():
+        before.append(_pop_mode())
+    before.reverse()
+    for mode in before:
+        if not isinstance(mode, Watcher):
             _push_mode(mode)
+    return before
+
+
+def resume(before: list[TorchFunctionMode]) -> None:
+    """Put back what ``pause`` took off."""
+    while _len_torch_function_stack():
+        _pop_mode()
+    for mode in before:
+        _push_mode(mode)

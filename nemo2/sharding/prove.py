@@ -24,6 +24,9 @@ from ..trace import Activation, Event, Trace
 from .actions import Action, Fix
 from .scripts import Programs, installable, needing, programs
 
+EVERYTHING = "*"  # what to blame when each run takes another path
+_SIZES_REPLACED = ("constant", "reshape", "expand")  # kinds whose own arguments are not used
+
 
 class _Differs(Exception):
     """The local run left the planned path."""
@@ -48,6 +51,8 @@ def prove(
     undecided = needing(trace, soft=True) - emulated
     for _ in range(len(undecided) + 1):
         blame = attempt(Prover(degree, blocks, trace, emulated))
+        if blame == EVERYTHING:
+            break
         if blame is None:
             proved = tuple(sorted(undecided - emulated))
             return replace(programs(trace, emulated, captured), proved=proved)
@@ -82,16 +87,19 @@ class Prover(tracing.Recorder):
         self.culprit: list[Activation] = []
 
     def attempt(self, step: Callable[[], Any]) -> str | None:
-        """Return None when the local run is the planned one, else the module to emulate."""
+        """Return None when the local run is the planned one, else the module to emulate.
+
+        EVERYTHING stands for all modules: no single one is to blame.
+        """
         try:
             tracing.run_step(step, self)
             if self.numbers == len(self.expected):
                 return None
             self.culprit = [self.root]
-        except Exception:  # any error of user code on local sizes means: it needs global ones
-            if self._blame() is None:
+        except Exception as error:  # an error of user code on local sizes: it needs global ones
+            if self._blame() is None and not isinstance(error, _Differs):
                 raise
-        return self._blame()
+        return self._blame() or EVERYTHING
 
     def _blame(self) -> str | None:
         for activation in reversed(self.culprit):
@@ -125,6 +133,11 @@ class Prover(tracing.Recorder):
             raise self._differs()
         if activation.module != self.stack[-1].module:
             raise self._differs()
+        action = event.action
+        if action is None or action.kind not in _SIZES_REPLACED:
+            found = [x for x in tree_leaves((args, kwargs or {})) if not isinstance(x, Tensor)]
+            if not _same(found, event.literals):
+                raise self._differs()
         try:
             return super().__torch_function__(func, types, args, kwargs)
         except BaseException:
@@ -144,17 +157,11 @@ class Prover(tracing.Recorder):
     ) -> Any:
         activation, event = self.expected[number]
         action = event.action
+        if not self._same_operands(event, tree_leaves((args, kwargs))):
+            raise self._differs()
         if action is not None and self._translated(activation):
-            return self._planned(event, action, args)
+            return self._planned(event, action, (args, kwargs))
         if action is not None and not action.soft:
-            raise self._differs()
-        leaves = tree_leaves((args, kwargs))
-        if not self._same_operands(event, leaves):
-            raise self._differs()
-        if (
-            action is None
-            and tuple(x for x in leaves if not isinstance(x, Tensor)) != event.literals
-        ):
             raise self._differs()
         out = absent_call(func, args, kwargs)
         outs = [x for x in tree_leaves(out) if is_absent(x)]
@@ -165,14 +172,14 @@ class Prover(tracing.Recorder):
 
     def _same_operands(self, event: Event, leaves: Sequence[Any]) -> bool:
         tensors = {id(x): x for x in leaves if isinstance(x, Tensor)}
-        found = tuple((getattr(x, "key", None), tuple(to_meta(x).shape)) for x in tensors.values())
+        found = tuple((tracing.identity(x), tuple(to_meta(x).shape)) for x in tensors.values())
         return found == event.operands
 
-    def _planned(self, event: Event, action: Action, args: Any) -> Any:
+    def _planned(self, event: Event, action: Action, given: Any) -> Any:
         if action.kind == "constant":
             return action.value
         spec, leaves = event.output
-        device = next(x.home for x in tree_leaves(args) if is_absent(x))
+        device = next(x.home for x in tree_leaves(given) if is_absent(x))
         made = [Absent.like(x[1], x[2], device) if x[0] == "tensor" else x[1] for x in leaves]
         self._name(event.number, [x for x in made if is_absent(x)], event)
         return tree_unflatten(spec, made)
@@ -181,6 +188,25 @@ class Prover(tracing.Recorder):
         for leaf, (x, layout) in enumerate(zip(outs, event.layouts, strict=True)):
             if x.key is None and x.param is None:
                 self._born(x, ("call", number, leaf), layout)
+
+
+def _same(found: Sequence[Any], planned: Sequence[Any]) -> bool:
+    """Compare arguments that are not tensors; objects without an equality of their own by type."""
+    if len(found) != len(planned):
+        return False
+    for a, b in zip(found, planned, strict=True):
+        kind: Any = type(a)
+        plain = type(b) is kind and kind.__eq__ is object.__eq__
+        if not (a is b or plain or _equal(a, b)):
+            return False
+    return True
+
+
+def _equal(a: Any, b: Any) -> bool:
+    try:
+        return type(a) is type(b) and bool(a == b or a != a)
+    except ValueError:  # an array: its elements are compared
+        return repr(a.shape) == repr(b.shape) and bool((a == b).all())
 
 
 def vary_mixed(trace: Trace, params: Sequence[str]) -> None:

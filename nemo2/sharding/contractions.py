@@ -1,0 +1,180 @@
+"""Layout rules of contractions, lookups, attention and losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .calls import Call, Operand, Outcome
+from .layout import REPLICATED, Layout
+
+_PARTIAL = Outcome(REPLICATED, "partial", "sum")
+
+
+# --- contractions ---------------------------------------------------------------------------------
+
+
+def _contract(call: Call, ins: list[tuple[Operand, str]], out: str) -> tuple[str, Layout]:
+    """Lay out a contraction whose dims have letters.
+
+    Returns:
+        the split letter, "" when all operands are gathered; and the layout of the result.
+    """
+    split = [(op, letters[op.dim]) for op, letters in ins if op.dim is not None]
+    letter = min(split, key=lambda pair: pair[0].param is None)[1]
+    if len({(id(op), letters.find(letter)) for op, letters in ins}) > len({id(o) for o, _ in ins}):
+        call.gather()  # one tensor in two places that need different parts of it
+        return "", REPLICATED
+    for op, own in split:
+        if own != letter:
+            op.gather()
+    for op, letters in ins:
+        if letter in letters and op.meta.shape[letters.index(letter)] > 1:
+            op.split(letters.index(letter))
+    return letter, Layout(out.index(letter)) if letter in out else REPLICATED
+
+
+def _letters(call: Call, a: Operand, b: Operand) -> tuple[str, str, str]:
+    """Name the dims of ``a @ b``: batch dims from the right, then m, k, n. Size-1 dims get none."""
+    batch_a, batch_b = a.meta.shape[:-2], b.meta.shape[:-2]
+    n = max(len(batch_a), len(batch_b))
+    names = "abcdefgh"[:n]
+    la = "".join(names[n - len(batch_a) + i] if s > 1 else "." for i, s in enumerate(batch_a))
+    lb = "".join(names[n - len(batch_b) + i] if s > 1 else "." for i, s in enumerate(batch_b))
+    la += "mk" if a.ndim > 1 else "k"
+    lb += "kn" if b.ndim > 1 else "k"
+    return la, lb, names + ("m" if a.ndim > 1 else "") + ("n" if b.ndim > 1 else "")
+
+
+def matmul_rule(call: Call, out: Any) -> Outcome:
+    a, b = (call.of(x) for x in call.leaves if isinstance(x, Tensor))
+    if call.name == "__rmatmul__":
+        a, b = b, a
+    la, lb, lo = _letters(call, a, b)
+    letter, layout = _contract(call, [(a, la), (b, lb)], lo)
+    return _PARTIAL if letter == "k" else Outcome(layout)
+
+
+def linear_rule(call: Call, out: Any) -> Outcome:
+    x, w, bias = call.tensor(0, "input"), call.tensor(1, "weight"), call.operand(2, "bias")
+    if x.dim is None and w.dim is None:  # only the bias is split
+        w.split(0)
+    names = "abcdefgh"[: x.ndim - 1]
+    letter, layout = _contract(call, [(x, names + "k"), (w, "nk")], names + "n")
+    return _with_bias(bias, letter, layout, out.ndim, "linear")
+
+
+def addmm_rule(call: Call, out: Any) -> Outcome:
+    bias, a, b = call.operand(0, "input"), call.tensor(1, "mat1"), call.tensor(2, "mat2")
+    if a.dim is None and b.dim is None:
+        return call.gather()
+    letter, layout = _contract(call, [(a, "mk"), (b, "kn")], "mn")
+    return _with_bias(bias, letter, layout, 2, "addmm")
+
+
+def _with_bias(bias: Operand | None, letter: str, layout: Layout, ndim: int, name: str) -> Outcome:
+    if bias is not None and layout.replicated:
+        bias.gather()
+    if letter == "k":
+        if bias is not None:
+            bias.exempt = True  # added once, after the sum
+        return Outcome(REPLICATED, "rowwise", name)
+    if bias is not None and layout.dim is not None:
+        want = layout.dim - (ndim - bias.ndim)
+        if want >= 0 and bias.meta.shape[want] > 1:
+            bias.split(want)
+        else:
+            bias.gather()
+    return Outcome(layout)
+
+
+def einsum_rule(call: Call, out: Any) -> Outcome:
+    equation = call.args[0]
+    tensors = (
+        call.args[1]
+        if len(call.args) == 2 and isinstance(call.args[1], (list, tuple))
+        else call.args[1:]
+    )
+    equation = equation.replace(" ", "") if isinstance(equation, str) else "."
+    ins, arrow, result = equation.partition("->")
+    pairs = [(call.of(t), term) for t, term in zip(tensors, ins.split(","), strict=False)]
+    if "..." in equation and equation == equation.lower():
+        pairs = [(op, _expand(term, op.ndim)) for op, term in pairs]
+        result = _expand(result, len(out.shape))
+    if not arrow or any("." in t or len(set(t)) != len(t) for _, t in pairs):
+        return call.gather()
+    letter, layout = _contract(call, pairs, result)
+    return Outcome(layout) if letter in result or not letter else _PARTIAL
+
+
+def _expand(term: str, ndim: int) -> str:
+    """Spell out an ellipsis by capital letters, aligned at the right."""
+    named = len(term.replace("...", ""))
+    return term.replace("...", "ABCDEFGH"[8 - (ndim - named) :])
+
+
+# --- lookups, attention, loss --------------------------------------------------------------------
+
+
+def embedding_rule(call: Call, out: Any) -> Outcome:
+    ids, weight = call.tensor(0, "input"), call.tensor(1, "weight")
+    if call.arg(3, "max_norm") is not None or call.arg(5, "scale_grad_by_freq", False):
+        return call.gather()
+    ids.gather()
+    if weight.dim == 0:
+        return Outcome(REPLICATED, "embedding")
+    return Outcome(Layout(out.ndim - 1)) if weight.dim == 1 else Outcome()
+
+
+def sdpa_rule(call: Call, out: Any) -> Outcome:
+    q, k, v = call.tensor(0, "query"), call.tensor(1, "key"), call.tensor(2, "value")
+    mask = call.operand(3, "attn_mask")
+    heads = q.ndim - 3
+    if heads < 0 or any(op.dim not in (None, heads) for op in (q, k, v)):
+        dims = {op.dim for op in (q, k, v)}
+        if len(dims) == 1 and q.dim is not None and q.dim < heads and mask is None:
+            return Outcome(q.layout)
+        return call.gather()
+    if any(op.ndim != q.ndim for op in (k, v)):
+        return call.gather()
+    count, kv = q.meta.shape[heads], k.meta.shape[heads]
+    if count % call.degree or count % kv or v.meta.shape[heads] != kv:
+        return call.gather()
+    q.split(heads)
+    for op in [k] if k is v else [k, v]:
+        if kv % call.degree == 0:
+            op.split(heads)
+        else:
+            _select(op, heads, count // kv, call.degree)
+    if mask is not None:
+        dim = heads - (q.ndim - mask.ndim)
+        mask.split(dim) if dim >= 0 and mask.meta.shape[dim] > 1 else mask.gather()
+    return Outcome(Layout(heads))
+
+
+def _select(op: Operand, heads: int, ratio: int, degree: int) -> None:
+    """Fewer or odd kv heads: each rank takes those of its query heads.
+
+    Where whole ranks share one kv head it is selected; otherwise the heads are first
+    repeated to one for each query head.
+    """
+    op.gather()
+    if degree % op.meta.shape[heads] == 0:
+        op.steps.append(("select", (heads, ratio)))
+    else:
+        op.steps += [("repeat", (heads, ratio)), ("split", heads)]
+    op.exempt = True
+
+
+def cross_entropy_rule(call: Call, out: Any) -> Outcome:
+    logits, target = call.tensor(0, "input"), call.tensor(1, "target")
+    class_dim = 0 if logits.ndim == 1 else 1
+    weight = call.operand(2, "weight")
+    target.gather()
+    if weight is not None:
+        weight.gather()
+        weight.exempt = True
+    if logits.dim != class_dim or target.meta.is_floating_point():
+        return call.gather()
+    return Outcome(REPLICATED, "cross_entropy", logits.meta.shape[class_dim])
