@@ -19,6 +19,7 @@ from .errors import PipelineError
 from .pytree import tree_flatten, tree_leaves, tree_unflatten
 from .pipeline.absent import Absent, absent_call, is_absent, is_inplace, name_of, to_meta, user_line
 from .sharding.actions import Action, Watcher, suspended
+from .sharding.functions import check_function, watched_functions
 from .sharding.layout import REPLICATED, Layout
 from .sharding.calls import Call, Decision, differentiable, refuse
 from .sharding.rules import decide, is_query
@@ -42,6 +43,7 @@ class Event:
     wants_grad: tuple[bool, ...] = ()
     dtype: torch.dtype | None = None
     output: Any = None
+    again: bool = False  # a checkpoint inside the module's forward runs it again in backward
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Activation:
     ordinal: int
     leaf: bool
     block: int | None
+    hooks: Any = field(default_factory=lambda: saved_hooks())
     items: list[Event | Activation] = field(default_factory=list)
 
     def events(self) -> Iterator[Event]:
@@ -64,6 +67,12 @@ class Activation:
         yield self
         for child in self.children():
             yield from child.walk()
+
+
+def saved_hooks() -> Any:
+    """Return what identifies the innermost non-reentrant checkpoint that is running."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks and hooks[0]
 
 
 def _memory(meta: Tensor) -> int:
@@ -125,6 +134,7 @@ class Recorder(Watcher):
         self.values: dict[int, Value] = {}
         self.block_outputs: dict[int, BlockOutput] = {}
         self.ordinals: dict[str, int] = {}
+        self.functions: list[type] = []  # custom autograd functions that are running
         self.copied: set[int] = set()  # memory of which some views were gathered
 
     # --- torch calls
@@ -163,7 +173,7 @@ class Recorder(Watcher):
         outs = [x for x in tree_leaves(out) if is_absent(x)]
         grad = (
             name not in ("detach", "data")
-            and torch.is_grad_enabled()
+            and (torch.is_grad_enabled() or bool(self.functions))
             and any(op.needs_grad for op in call.operands)
         )
         layouts = decision.layouts
@@ -197,6 +207,7 @@ class Recorder(Watcher):
         out = to_meta(out)
         decision = decide(call, out)
         self._check_memory(call, out)
+        check_function(call, decision, self.functions)
         partial = {param for param, _ in decision.partial_params}
         for param, leaf in decision.partial_params:
             self.partial_uses.setdefault(param, []).append((number, leaf))
@@ -227,6 +238,7 @@ class Recorder(Watcher):
             tuple(x.tp_layout for x in outs),
         )
         event.output = self._shape_of_output(out)
+        event.again = saved_hooks() is not self.stack[-1].hooks
         event.wants_grad = tuple(op.needs_grad for op in call.operands)
         event.operand_leaves = tuple(op.leaves for op in call.operands)
         event.global_shapes = tuple(tuple(op.meta.shape) for op in call.operands)
@@ -287,6 +299,7 @@ class Recorder(Watcher):
         finally:
             while self.stack.pop() is not activation:
                 pass
+        activation.leaf = activation.leaf and len(activation.items) == 1  # else: parametrised
         with suspended():
             if block is not None:
                 out = self._leave_block(block, args, kwargs, out)
@@ -410,6 +423,10 @@ def planning(
 ) -> Iterator[None]:
     """Put absent tensors in all places of parameters and watch all module calls; undo on exit."""
     with ExitStack() as undo:
+        undo.enter_context(watched_functions(recorder.functions))
+        fast = torch.backends.mha.get_fastpath_enabled()  # fused layers hide their parts
+        undo.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        torch.backends.mha.set_fastpath_enabled(False)
         made: dict[str, Absent] = {}
         for place in where:
             if place.param not in made:

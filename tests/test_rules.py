@@ -10,7 +10,6 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import einops
@@ -19,7 +18,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from nemo2.errors import Nemo2Error
+from nemo2.plan import plan
 from nemo2.sharding.annotate import shard
 from tests.pool import Pool
 from tests.tensor_parallel import check_build
@@ -71,7 +73,9 @@ class Function(nn.Module):
 CASES: dict[str, Case] = {}
 
 
-def case(*inputs: Any, degrees: tuple[int, ...] = (2,), **params: P) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def case(
+    *inputs: Any, degrees: tuple[int, ...] = (2,), **params: P
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add a function to the cases; inputs are tensors or the shapes of float tensors."""
 
     def add(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,10 +96,14 @@ def run_cases(names: list[str]) -> dict[str, str]:
     """Run cases on this rank; return what failed. All ranks fail alike or the job hangs."""
     failed: dict[str, str] = {}
     for name in names:
-        one = CASES[name]
         torch.manual_seed(0)
         try:
-            check_build(lambda one=one: Function(one), [_input(x) for x in one.inputs])
+            if name in CASES:
+                one = CASES[name]
+                check_build(lambda one=one: Function(one), [_input(x) for x in one.inputs])
+            else:
+                for train in (True, False):
+                    check_build(MODULES[name], [_input((B, T, D))], train=train)
         except Exception:
             failed[name] = traceback.format_exc()
         errors: list[Any] = [None] * dist.get_world_size()
@@ -103,6 +111,7 @@ def run_cases(names: list[str]) -> dict[str, str]:
         if any(errors):
             failed[name] = next(e for e in errors if e)
     return failed
+
 
 # --- pointwise ---
 
@@ -195,13 +204,28 @@ def dropout_off(p, x):
 @case(a=col())
 def chosen_by_value_of_an_argument(p, x):
     y = x @ p.a
-    return F.pad(y, (0, 0)), F.pad(y, (1, 1)), y.repeat(1, 1, 1), y.repeat(1, 1, 2), y.roll(0, -1), y.roll(1, -1)
+    return (
+        F.pad(y, (0, 0)),
+        F.pad(y, (1, 1)),
+        y.repeat(1, 1, 1),
+        y.repeat(1, 1, 2),
+        y.roll(0, -1),
+        y.roll(1, -1),
+    )
 
 
 @case(a=col(H, H))
 def square_shapes(p, x):
     y = torch.randn(H, H, generator=torch.Generator().manual_seed(0), dtype=torch.float64) @ p.a
-    return y + y.T, y.tril(), y.diagonal(), y @ y, (y * y.transpose(0, 1)).view(H, H), torch.atleast_2d(y[0]), torch.atleast_2d(y)
+    return (
+        y + y.T,
+        y.tril(),
+        y.diagonal(),
+        y @ y,
+        (y * y.transpose(0, 1)).view(H, H),
+        torch.atleast_2d(y[0]),
+        torch.atleast_2d(y),
+    )
 
 
 # --- views ---
@@ -210,20 +234,37 @@ def square_shapes(p, x):
 @case(a=col())
 def split_heads(p, x):
     y = x @ p.a
-    return y.view(B, T, 4, 3), y.view(B, T, -1, 3), y.view(*y.shape[:-1], 4, -1), y.unflatten(-1, (4, 3))
+    return (
+        y.view(B, T, 4, 3),
+        y.view(B, T, -1, 3),
+        y.view(*y.shape[:-1], 4, -1),
+        y.unflatten(-1, (4, 3)),
+    )
 
 
 @case(a=col(), degrees=(2, 4))
 def heads_of_one(p, x):
     y = (x @ p.a).reshape(B, T, 4, 3)
-    return y.transpose(1, 2).squeeze(1), y.squeeze(), y.squeeze(2), y.permute(0, 2, 1, 3).reshape(B, 4, -1)
+    return (
+        y.transpose(1, 2).squeeze(1),
+        y.squeeze(),
+        y.squeeze(2),
+        y.permute(0, 2, 1, 3).reshape(B, 4, -1),
+    )
 
 
 @case(a=col())
 def merge_heads(p, x):
     y = (x @ p.a).view(B, T, 4, 3).transpose(1, 2)
     y = y.transpose(1, 2).contiguous()
-    return y.view(B, T, H), y.view(B, T, -1), y.flatten(2), y.reshape(B * T, -1), y.flatten(2, 3), y.view(-1, H)
+    return (
+        y.view(B, T, H),
+        y.view(B, T, -1),
+        y.flatten(2),
+        y.reshape(B * T, -1),
+        y.flatten(2, 3),
+        y.view(-1, H),
+    )
 
 
 @case(a=col())
@@ -242,7 +283,12 @@ def permuted(p, x):
 def expanded(p, x):
     y = (x @ p.a).unsqueeze(2)
     z = y.expand(B, T, 5, H) + y.expand(-1, -1, 2, -1).sum(2, keepdim=True)
-    return z.reshape(B, T, 5 * H), y.expand(B, T, 2, y.size(-1)), y.broadcast_to((2, B, T, 1, H)), y.expand_as(z)
+    return (
+        z.reshape(B, T, 5 * H),
+        y.expand(B, T, 2, y.size(-1)),
+        y.broadcast_to((2, B, T, 1, H)),
+        y.expand_as(z),
+    )
 
 
 @case(a=col(), c=P((1, 1, 1)))
@@ -254,13 +300,28 @@ def expand_as_split(p, x):
 def indexed(p, x):
     y = x @ p.a
     a = y[:, 0], y[..., None], y[:, :, 1:4], y[:, :, :H], y[..., -H:], y[0], y[:, -1:, :], y[None]
-    return *a, y.select(1, 0), y.select(2, 3), y.narrow(1, 0, 2), y.narrow(2, 0, H), y.narrow(2, 2, 4)
+    return (
+        *a,
+        y.select(1, 0),
+        y.select(2, 3),
+        y.narrow(1, 0, 2),
+        y.narrow(2, 0, H),
+        y.narrow(2, 2, 4),
+    )
 
 
 @case(a=col())
 def strided(p, x):
     y = x @ p.a
-    return y[..., ::2], y[..., 1::2], y[..., -9::4], y[:, ::2], y[..., -11::3], y[..., 1::3], y[..., 5:8]
+    return (
+        y[..., ::2],
+        y[..., 1::2],
+        y[..., -9::4],
+        y[:, ::2],
+        y[..., -11::3],
+        y[..., 1::3],
+        y[..., 5:8],
+    )
 
 
 @case(torch.tensor([2, 0]), torch.tensor([1, 7]), (B, T, D), a=col())
@@ -275,7 +336,17 @@ def pieces(p, x):
     a, b = y.chunk(2, dim=-1)
     c, d, e = y.unbind(1)
     f, g = y.split([1, 2], dim=1)
-    return a * b, c + d * e, f, g, y.split(4, -1)[1], y.unbind(2)[3], y.split(H, -1)[0], list(y)[1], y.tensor_split(2, 1)[0]
+    return (
+        a * b,
+        c + d * e,
+        f,
+        g,
+        y.split(4, -1)[1],
+        y.unbind(2)[3],
+        y.split(H, -1)[0],
+        list(y)[1],
+        y.tensor_split(2, 1)[0],
+    )
 
 
 @case(a=col())
@@ -285,7 +356,12 @@ def einops_patterns(p, x):
     r = einops.rearrange(y, "b t (h d) -> b h t d", h=4)
     s = einops.repeat(q, "b h t d -> b (h n) t d", n=2)
     u = einops.reduce(r, "b h t d -> b t d", "mean")
-    return einops.rearrange(q * r, "b h t d -> b t (h d)"), s, u, einops.reduce(y, "b t (h d) -> b h", "sum", h=4)
+    return (
+        einops.rearrange(q * r, "b h t d -> b t (h d)"),
+        s,
+        u,
+        einops.reduce(y, "b t (h d) -> b h", "sum", h=4),
+    )
 
 
 @case(a=col())
@@ -298,7 +374,9 @@ def no_elements(p, x):
 def complex_rotary(p, x):
     y = (x @ p.a).view(B, T, 2, 6)
     angles = torch.arange(T * 3, dtype=torch.float64).view(T, 1, 3)
-    z = torch.view_as_complex(y.reshape(B, T, 2, 3, 2)) * torch.polar(torch.ones_like(angles), angles)
+    z = torch.view_as_complex(y.reshape(B, T, 2, 3, 2)) * torch.polar(
+        torch.ones_like(angles), angles
+    )
     return torch.view_as_real(z).flatten(3)
 
 
@@ -319,13 +397,23 @@ def real_rotary(p, x):
 def joined(p, x):
     y, z = x @ p.a, x @ p.b
     w = p.c.expand(B, T, H)
-    return torch.cat([y, z], 1), torch.cat([y, z], -1), torch.cat([y, w], 1), torch.cat([y, y], 0), torch.cat([y @ p.e, x])
+    return (
+        torch.cat([y, z], 1),
+        torch.cat([y, z], -1),
+        torch.cat([y, w], 1),
+        torch.cat([y, y], 0),
+        torch.cat([y @ p.e, x]),
+    )
 
 
 @case(a=col(), b=col())
 def stacked(p, x):
     y, z = x @ p.a, x @ p.b
-    return torch.stack([y, z]), torch.stack([y, z], -1), torch.stack([y, x.sum(-1, keepdim=True).expand(B, T, H)], 2)
+    return (
+        torch.stack([y, z]),
+        torch.stack([y, z], -1),
+        torch.stack([y, x.sum(-1, keepdim=True).expand(B, T, H)], 2),
+    )
 
 
 @case(a=col())
@@ -333,7 +421,13 @@ def repeated(p, x):
     y = (x @ p.a).view(B, T, -1, 3)
     z = y.transpose(1, 2)[:, :, None].expand(B, 4, 2, T, 3).reshape(B, 8, T, 3)
     w = y.repeat_interleave(2), y.repeat_interleave(2, 2, output_size=8)
-    return y.repeat_interleave(2, dim=2), y.repeat_interleave(3, 1), torch.repeat_interleave(y, repeats=2, dim=0), z, *w
+    return (
+        y.repeat_interleave(2, dim=2),
+        y.repeat_interleave(3, 1),
+        torch.repeat_interleave(y, repeats=2, dim=0),
+        z,
+        *w,
+    )
 
 
 # --- along a dim ---
@@ -342,21 +436,48 @@ def repeated(p, x):
 @case(a=col())
 def along(p, x):
     y = x @ p.a
-    z = y.softmax(-1), F.softmax(y, dim=1), F.log_softmax(y, -1), y.log_softmax(0), torch.softmax(y, 2, torch.float64)
-    return *z, y.cumsum(-1), torch.cumsum(y, dim=1), F.glu(y), F.glu(y.transpose(1, 2), dim=1), y.sort(-1)[0], y.argsort(1), F.normalize(y)
+    z = (
+        y.softmax(-1),
+        F.softmax(y, dim=1),
+        F.log_softmax(y, -1),
+        y.log_softmax(0),
+        torch.softmax(y, 2, torch.float64),
+    )
+    return (
+        *z,
+        y.cumsum(-1),
+        torch.cumsum(y, dim=1),
+        F.glu(y),
+        F.glu(y.transpose(1, 2), dim=1),
+        y.sort(-1)[0],
+        y.argsort(1),
+        F.normalize(y),
+    )
 
 
 @case(a=col())
 def picked(p, x):
     y = x @ p.a
-    return *y.topk(2), *y.topk(2, dim=1), torch.topk(y, 3, -1)[0] * y.sum(), y.flip(-1), y.tril(), y.kthvalue(2)[0]
+    return (
+        *y.topk(2),
+        *y.topk(2, dim=1),
+        torch.topk(y, 3, -1)[0] * y.sum(),
+        y.flip(-1),
+        y.tril(),
+        y.kthvalue(2)[0],
+    )
 
 
 @case(a=col(), w=P((H,), 0), b=P((H,)), v=P((T,)), c=P((T, H)), r=P((H,), 0))
 def norms(p, x):
     y = x @ p.a
     z = F.layer_norm(y, (H,), p.w, p.b), F.layer_norm(y, (T, H), p.c), F.rms_norm(y, (H,), p.r)
-    return *z, F.layer_norm(y.mT, [T], p.v, p.v), F.layer_norm(x.sum(-1, keepdim=True).expand(B, T, H), (H,), p.w), F.rms_norm(y.mT, (T,), p.v)
+    return (
+        *z,
+        F.layer_norm(y.mT, [T], p.v, p.v),
+        F.layer_norm(x.sum(-1, keepdim=True).expand(B, T, H), (H,), p.w),
+        F.rms_norm(y.mT, (T,), p.v),
+    )
 
 
 @case(a=col(), w=P((H,), 0), v=P((H,)))
@@ -375,11 +496,56 @@ def norm_of_each_head(p, x):
 @case(a=col())
 def reduced(p, x):
     y = x @ p.a
-    a = y.sum(), y.sum(-1), y.sum((0, 2)), y.sum(1, keepdim=True), y.mean(), y.mean(dim=(-1,), keepdim=True), y.mean(1)
-    b = y.amax(-1), y.max(), y.max(1)[0], y.max(-1)[1], y.argmax(-1), y.argmax(), y.min(0, True)[0], y.logsumexp(-1)
-    c = y.var(-1), y.var(1), y.var(), y.std(False), y.var(unbiased=False), y.var(False), torch.var(y, 2, correction=0), y.std(0)
-    d = (y > 0).any(-1), (y > 0).all(), y.prod(1), y.prod(-1), y.norm(), y.norm(dim=-1), y.norm(dim=1), (y > 0).sum(-1)
-    return *a, *b, *c, *d, torch.var_mean(y, -1)[1], y.sum(axis=1), y.mean(axis=-1), (y > 0).sum(1), y.sum(dtype=torch.float64)
+    a = (
+        y.sum(),
+        y.sum(-1),
+        y.sum((0, 2)),
+        y.sum(1, keepdim=True),
+        y.mean(),
+        y.mean(dim=(-1,), keepdim=True),
+        y.mean(1),
+    )
+    b = (
+        y.amax(-1),
+        y.max(),
+        y.max(1)[0],
+        y.max(-1)[1],
+        y.argmax(-1),
+        y.argmax(),
+        y.min(0, True)[0],
+        y.logsumexp(-1),
+    )
+    c = (
+        y.var(-1),
+        y.var(1),
+        y.var(),
+        y.std(False),
+        y.var(unbiased=False),
+        y.var(False),
+        torch.var(y, 2, correction=0),
+        y.std(0),
+    )
+    d = (
+        (y > 0).any(-1),
+        (y > 0).all(),
+        y.prod(1),
+        y.prod(-1),
+        y.norm(),
+        y.norm(dim=-1),
+        y.norm(dim=1),
+        (y > 0).sum(-1),
+    )
+    return (
+        *a,
+        *b,
+        *c,
+        *d,
+        torch.var_mean(y, -1)[1],
+        y.sum(axis=1),
+        y.mean(axis=-1),
+        (y > 0).sum(1),
+        y.sum(dtype=torch.float64),
+    )
 
 
 # --- contractions ---
@@ -388,8 +554,26 @@ def reduced(p, x):
 @case(a=col(), b=row(), c=col(D, D), v=P((H,), 0), m=P((H, 6), 1))
 def products(p, x):
     y = x @ p.a
-    a = y @ p.b, torch.matmul(y, p.b), y @ p.v, y[0] @ p.b, torch.mm(y[0], p.b), y @ y.mT, y.mT @ y, y[0, 0] @ p.b
-    return *a, y[0, 0] @ y[0, 1], torch.mv(y[0], p.v), (x @ p.c) @ p.a, y @ p.m, p.v @ p.b, torch.dot(p.v, p.v), x @ p.c.T
+    a = (
+        y @ p.b,
+        torch.matmul(y, p.b),
+        y @ p.v,
+        y[0] @ p.b,
+        torch.mm(y[0], p.b),
+        y @ y.mT,
+        y.mT @ y,
+        y[0, 0] @ p.b,
+    )
+    return (
+        *a,
+        y[0, 0] @ y[0, 1],
+        torch.mv(y[0], p.v),
+        (x @ p.c) @ p.a,
+        y @ p.m,
+        p.v @ p.b,
+        torch.dot(p.v, p.v),
+        x @ p.c.T,
+    )
 
 
 @case(a=col(), b=P((D, H)), w=P((B, H, T), 1), u=P((B, T, H), 0), s=P((B, D, H)), degrees=(2,))
@@ -403,16 +587,42 @@ def batched(p, x):
 @case(a=col(), b=row(), c=P((D,), 0), e=P((D,)), f=P((H,), 0), g=P((H,)), h=P((D, D)))
 def conv1d_of_gpt2(p, x):
     y = torch.addmm(p.f, x.view(-1, D), p.a).view(B, T, H)
-    z = torch.addmm(p.e, y.view(-1, H), p.b, beta=0.5, alpha=2.0) + torch.addmm(p.c, y.view(-1, H), p.b)
-    w = torch.addmm(p.g, x.view(-1, D), p.a), torch.addmm(p.c, x[0], p.h), torch.addmm(input=p.e, mat1=y[0], mat2=p.b)
+    z = torch.addmm(p.e, y.view(-1, H), p.b, beta=0.5, alpha=2.0) + torch.addmm(
+        p.c, y.view(-1, H), p.b
+    )
+    w = (
+        torch.addmm(p.g, x.view(-1, D), p.a),
+        torch.addmm(p.c, x[0], p.h),
+        torch.addmm(input=p.e, mat1=y[0], mat2=p.b),
+    )
     return y, z, *w, torch.baddbmm(y, x, p.a.expand(B, D, H)), torch.addmv(p.e, p.b.T, y[0, 0])
 
 
-@case(a=P((H, D), 0), ab=P((H,), 0), b=P((D, H), 1), bb=P((D,)), c=P((H, D)), cb=P((H,), 0), rb=P((H,)))
+@case(
+    a=P((H, D), 0),
+    ab=P((H,), 0),
+    b=P((D, H), 1),
+    bb=P((D,)),
+    c=P((H, D)),
+    cb=P((H,), 0),
+    rb=P((H,)),
+)
 def linears(p, x):
     y = F.linear(x, p.a, p.ab)
-    a = F.linear(y, p.b, p.bb), F.linear(y, p.b), F.linear(x, p.c, p.cb), F.linear(x, p.c), F.linear(x, p.a, p.rb)
-    return *a, F.linear(y.mT, p.c[:, :T], p.cb), F.linear(y[0, 0], p.b, p.bb), F.linear(F.linear(x, p.a), p.c[:D].T @ p.c.T), F.linear(input=y, weight=p.b, bias=p.bb)
+    a = (
+        F.linear(y, p.b, p.bb),
+        F.linear(y, p.b),
+        F.linear(x, p.c, p.cb),
+        F.linear(x, p.c),
+        F.linear(x, p.a, p.rb),
+    )
+    return (
+        *a,
+        F.linear(y.mT, p.c[:, :T], p.cb),
+        F.linear(y[0, 0], p.b, p.bb),
+        F.linear(F.linear(x, p.a), p.c[:D].T @ p.c.T),
+        F.linear(input=y, weight=p.b, bias=p.bb),
+    )
 
 
 @case(a=col(), b=row(), w=P((4, 3, D), 0))
@@ -420,27 +630,63 @@ def einsums(p, x):
     y = x @ p.a
     q = y.view(B, T, 4, 3)
     a = torch.einsum("bth,hd->btd", y, p.b), torch.einsum("bth->bt", y), torch.einsum("bth->hbt", y)
-    b = torch.einsum("bihd,bjhd->bhij", q, q), torch.einsum("bth,bsh->bts", y, y), torch.einsum("bi,bj->bij", y[:, 0], y[:, 0])
-    c = torch.einsum("bthd,hde->bte", q, p.w), torch.einsum("...h,hd->...d", y, p.b), torch.einsum("btd,hkd->bthk", x, p.w)
-    return *a, *b, *c, torch.einsum("bth,bth->", y, y), torch.einsum("b t h , h d -> b t d", [y, p.b]), einops.einsum(y, p.b, "b t h, h d -> b t d")
+    b = (
+        torch.einsum("bihd,bjhd->bhij", q, q),
+        torch.einsum("bth,bsh->bts", y, y),
+        torch.einsum("bi,bj->bij", y[:, 0], y[:, 0]),
+    )
+    c = (
+        torch.einsum("bthd,hde->bte", q, p.w),
+        torch.einsum("...h,hd->...d", y, p.b),
+        torch.einsum("btd,hkd->bthk", x, p.w),
+    )
+    return (
+        *a,
+        *b,
+        *c,
+        torch.einsum("bth,bth->", y, y),
+        torch.einsum("b t h , h d -> b t d", [y, p.b]),
+        einops.einsum(y, p.b, "b t h, h d -> b t d"),
+    )
 
 
 @case(a=P((H, 1)), w=P((D, H), 1), u=P((1, H)))
 def einsum_of_size_one(p, x):
     y = x @ p.w
-    return torch.einsum("bth,ht->bth", y, p.a), torch.einsum("bth,ih->bt", y, p.u), torch.einsum("bth,hi->bti", y, p.a)
+    return (
+        torch.einsum("bth,ht->bth", y, p.a),
+        torch.einsum("bth,ih->bt", y, p.u),
+        torch.einsum("bth,hi->bti", y, p.a),
+    )
 
 
 @case(a=col(H, H))
 def product_with_itself(p, x):
     y = p.a * x.sum()
-    return y @ y, torch.einsum("ij,jk->ik", y, y), y.unsqueeze(0) @ y, torch.einsum("ij,ij->i", y, y), F.linear(y, y)
+    return (
+        y @ y,
+        torch.einsum("ij,jk->ik", y, y),
+        y.unsqueeze(0) @ y,
+        torch.einsum("ij,ij->i", y, y),
+        F.linear(y, y),
+    )
 
 
 @case(a=P((D, H), 0), b=P((D, H), 1), c=P((H, D), 0), e=P((H, D), 1))
 def all_layouts_of_two(p, x):
     y, z = x @ p.b, x @ p.a
-    return y @ p.c, y @ p.e, z @ p.c, z @ p.e, p.a @ p.c, p.a @ p.e, p.b @ p.c, p.b @ p.e, p.b + p.a, p.c.T * p.a
+    return (
+        y @ p.c,
+        y @ p.e,
+        z @ p.c,
+        z @ p.e,
+        p.a @ p.c,
+        p.a @ p.e,
+        p.b @ p.c,
+        p.b @ p.e,
+        p.b + p.a,
+        p.c.T * p.a,
+    )
 
 
 # --- lookups ---
@@ -451,9 +697,23 @@ IDS = torch.tensor([[0, 5, 7], [11, 3, 5]])
 
 @case(IDS, rows=P((H, D), 0), cols=P((H, D), 1), whole=P((H, D)))
 def embeddings(p, ids):
-    a = F.embedding(ids, p.rows), F.embedding(ids, p.cols), F.embedding(ids, p.rows, padding_idx=5), F.embedding(ids, p.rows, -1)
-    b = F.embedding(ids, p.cols, padding_idx=5), F.embedding(ids, p.whole), F.embedding(input=ids, weight=p.rows, padding_idx=7)
-    return *a, *b, F.embedding(ids, p.cols) * F.embedding(ids, p.whole), F.embedding(ids, p.rows) @ p.whole.T
+    a = (
+        F.embedding(ids, p.rows),
+        F.embedding(ids, p.cols),
+        F.embedding(ids, p.rows, padding_idx=5),
+        F.embedding(ids, p.rows, -1),
+    )
+    b = (
+        F.embedding(ids, p.cols, padding_idx=5),
+        F.embedding(ids, p.whole),
+        F.embedding(input=ids, weight=p.rows, padding_idx=7),
+    )
+    return (
+        *a,
+        *b,
+        F.embedding(ids, p.cols) * F.embedding(ids, p.whole),
+        F.embedding(ids, p.rows) @ p.whole.T,
+    )
 
 
 @case(IDS, wte=P((H, D), 0), h=P((D, H), 1), back=P((H, D), 0))
@@ -482,15 +742,29 @@ def attention(heads: int, kv: int, split_kv: bool = True) -> dict[str, P]:
 @case(**attention(4, 4), m=P((T, T)), n=P((4, T, T)), o2=P((1, 4, 1, T)), degrees=(2, 4))
 def masks(p, x):
     keep = torch.ones(T, T, dtype=torch.bool).tril()
-    a = [attend(p, x, 4, 4), attend(p, x, 4, 4, is_causal=True), attend(p, x, 4, 4, attn_mask=keep, scale=0.3)]
-    for mask in (p.m, p.n, p.o2, keep.expand(B, 1, T, T), keep.expand(B, 4, T, T), x[:, None, :, :T], p.m.expand(B, 1, T, T)):
+    a = [
+        attend(p, x, 4, 4),
+        attend(p, x, 4, 4, is_causal=True),
+        attend(p, x, 4, 4, attn_mask=keep, scale=0.3),
+    ]
+    for mask in (
+        p.m,
+        p.n,
+        p.o2,
+        keep.expand(B, 1, T, T),
+        keep.expand(B, 4, T, T),
+        x[:, None, :, :T],
+        p.m.expand(B, 1, T, T),
+    ):
         a.append(attend(p, x, 4, 4, attn_mask=mask))
     return a
 
 
 @case(**attention(12, 1), degrees=(2, 4))
 def one_kv_head(p, x):
-    return attend(p, x, 12, 1, enable_gqa=True), attend(p, x, 12, 1, enable_gqa=True, is_causal=True)
+    return attend(p, x, 12, 1, enable_gqa=True), attend(
+        p, x, 12, 1, enable_gqa=True, is_causal=True
+    )
 
 
 @case(**attention(12, 2), degrees=(2, 4))
@@ -521,7 +795,13 @@ def six_query_heads(p, x):
 @case(**attention(8, 2), degrees=(4,))
 def repeat_kv_by_hand(p, x):
     q = (x @ p.q).view(B, T, -1, 4).transpose(1, 2)
-    k = (x @ p.k).view(B, T, 2, 4).transpose(1, 2)[:, :, None].expand(B, 2, 4, T, 4).reshape(B, 8, T, 4)
+    k = (
+        (x @ p.k)
+        .view(B, T, 2, 4)
+        .transpose(1, 2)[:, :, None]
+        .expand(B, 2, 4, T, 4)
+        .reshape(B, 8, T, 4)
+    )
     v = (x @ p.v).view(B, T, 2, 4).transpose(1, 2).repeat_interleave(4, 1)
     scores = (q @ k.mT * k.shape[-1] ** -0.5).softmax(-1)
     return (scores @ v).transpose(1, 2).flatten(2) @ p.o, F.scaled_dot_product_attention(q, k, v)
@@ -532,7 +812,11 @@ def shared_key_and_value(p, x):
     q = (x @ p.q).view(B, T, -1, 4).transpose(1, 2)
     k = (x @ p.k).view(B, T, 1, 4).transpose(1, 2)
     y = F.scaled_dot_product_attention(q, k, k, enable_gqa=True)
-    return y, F.scaled_dot_product_attention(q, q, q), F.scaled_dot_product_attention(q, k.expand(B, 8, T, 4), q)
+    return (
+        y,
+        F.scaled_dot_product_attention(q, q, q),
+        F.scaled_dot_product_attention(q, k.expand(B, 8, T, 4), q),
+    )
 
 
 @case((4, T, D), q=col(4), k=col(4), v=col(4), b=P((4, T, D), 0))
@@ -541,7 +825,11 @@ def attention_of_three_dims(p, x):
     r = x * p.b  # the batch is split
     a = F.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(r, r, r)
     m = torch.ones(4, T, T, dtype=torch.bool).tril()
-    return *a, F.scaled_dot_product_attention(r, x, x, m), F.scaled_dot_product_attention(r[:, None], r[:, None], r[:, None])
+    return (
+        *a,
+        F.scaled_dot_product_attention(r, x, x, m),
+        F.scaled_dot_product_attention(r[:, None], r[:, None], r[:, None]),
+    )
 
 
 # --- losses ---
@@ -555,11 +843,30 @@ def cross_entropies(p, x, labels):
     y = labels.relu()
     z = x @ p.head
     flat, t = z.view(-1, H), labels.view(-1)
-    a = [F.cross_entropy(flat, t), F.cross_entropy(flat, t, p.w.abs(), label_smoothing=0.1), F.cross_entropy(flat, t, reduction="none")]
-    a += [F.cross_entropy(z.mT, y, reduction=r, ignore_index=5, label_smoothing=0.2) for r in ("mean", "sum", "none")]
-    a += [F.cross_entropy(z[0, 0], t[0].abs()), F.cross_entropy(input=flat, target=t), F.cross_entropy(flat, flat.detach().softmax(-1))]
-    a += [F.nll_loss(F.log_softmax(flat, -1), t), -flat.log_softmax(-1)[0, 1], F.cross_entropy(z, y[:, :1].clamp(max=2).expand(B, H))]
-    return [*a, F.mse_loss(z, torch.zeros(B, T, H).double()), F.binary_cross_entropy_with_logits(z, z.detach().sigmoid())]
+    a = [
+        F.cross_entropy(flat, t),
+        F.cross_entropy(flat, t, p.w.abs(), label_smoothing=0.1),
+        F.cross_entropy(flat, t, reduction="none"),
+    ]
+    a += [
+        F.cross_entropy(z.mT, y, reduction=r, ignore_index=5, label_smoothing=0.2)
+        for r in ("mean", "sum", "none")
+    ]
+    a += [
+        F.cross_entropy(z[0, 0], t[0].abs()),
+        F.cross_entropy(input=flat, target=t),
+        F.cross_entropy(flat, flat.detach().softmax(-1)),
+    ]
+    a += [
+        F.nll_loss(F.log_softmax(flat, -1), t),
+        -flat.log_softmax(-1)[0, 1],
+        F.cross_entropy(z, y[:, :1].clamp(max=2).expand(B, H)),
+    ]
+    return [
+        *a,
+        F.mse_loss(z, torch.zeros(B, T, H).double()),
+        F.binary_cross_entropy_with_logits(z, z.detach().sigmoid()),
+    ]
 
 
 # --- sizes ---
@@ -583,7 +890,11 @@ def sizes_as_tensors(p, x):
 @case(a=col())
 def positions_from_sizes(p, x):
     y = x @ p.a
-    return y + torch.arange(y.shape[-1], dtype=y.dtype), y.new_zeros(y.shape) + y, y * torch.linspace(0, 1, y.size(-1)).double()
+    return (
+        y + torch.arange(y.shape[-1], dtype=y.dtype),
+        y.new_zeros(y.shape) + y,
+        y * torch.linspace(0, 1, y.size(-1)).double(),
+    )
 
 
 # --- annotated activations ---
@@ -637,12 +948,214 @@ def without_gradient(p, x):
 @case(a=col(), c=P((D, D, 3)))
 def convolution(p, x):
     y = F.conv1d(x.mT, p.c, padding=1).mT @ p.a
-    return y, F.conv1d(y.mT, p.c.repeat(1, 2, 1)[:, :H], padding=1), F.avg_pool1d(y, 2), F.group_norm(y.mT, 3)
+    return (
+        y,
+        F.conv1d(y.mT, p.c.repeat(1, 2, 1)[:, :H], padding=1),
+        F.avg_pool1d(y, 2),
+        F.group_norm(y.mT, 3),
+    )
+
+
+# --- modules ---
+
+
+class Mlp(nn.Module):
+    """The textbook pair, around which the other modules are built."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, H, bias=bias), nn.Linear(H, D, bias=bias)
+        shard(self.up.weight, "tp", dim=0)
+        shard(self.down.weight, "tp", dim=1)
+        if bias:
+            shard(self.up.bias, "tp", dim=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class Twice(nn.Module):
+    """One module called twice: on the input, which may carry no gradient, and on its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.mlp(x.detach())) + x
+
+
+class Shared(nn.Module):
+    """A weight shared by two modules, one of them called with a transposed meaning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(H, D, padding_idx=3)
+        self.mlp, self.norm = Mlp(False), nn.LayerNorm(D)
+        self.head = nn.Linear(D, H, bias=False)
+        self.head.weight = self.embed.weight
+        shard(self.head.weight, "tp", dim=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.embed(IDS)
+        return F.cross_entropy(self.head(self.norm(self.mlp(x))).flatten(0, 1), LABELS.flatten())
+
+
+class Checkpointed(nn.Module):
+    """Whole modules run again in backward."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.mlp, self.second, self.reentrant = Mlp(), Mlp(), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.mlp, x, use_reentrant=self.reentrant)
+        return checkpoint(self.second, x, use_reentrant=self.reentrant) + x
+
+
+class Weighted(nn.Module):
+    """A plain module whose weight is computed: its forward is more than one call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Mlp()
+        nn.utils.parametrizations.weight_norm(self.mlp.up, dim=0)
+        shard(self.mlp.up.parametrizations.weight.original1, "tp", dim=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+class Custom(nn.Module):
+    """An elementwise autograd function on a split tensor; its gradient must still be summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.scale = Mlp(), nn.Parameter(torch.ones(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = Square.apply(x * self.scale)
+        return self.mlp.down(Square.apply(self.mlp.up(x)))
+
+
+def multihead() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(D, 4, H, dropout=0.0, batch_first=True)
+    shard(layer.linear1.weight, "tp", dim=0)
+    shard(layer.linear2.weight, "tp", dim=1)
+    shard(layer.self_attn.out_proj.weight, "tp", dim=1)
+    return layer
+
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "mlp": Mlp,
+    "mlp_without_bias": lambda: Mlp(False),
+    "sequential": lambda: nn.Sequential(Mlp(), nn.LayerNorm(D), Mlp(), nn.Dropout(0.0)),
+    "twice": Twice,
+    "shared": Shared,
+    "checkpoint": lambda: Checkpointed(False),
+    "reentrant_checkpoint": lambda: Checkpointed(True),
+    "weight_norm": Weighted,
+    "autograd_function": Custom,
+    "encoder_layer": multihead,
+}
+
+
+# --- what is refused ---
+
+
+def view_of_a_copy(p, x):
+    y = x @ p.a
+    y[..., :2].mul_(2)
+    return y
+
+
+def copy_before_the_write(p, x):
+    y = x @ p.a
+    first = y[..., :2]
+    y += 1
+    return first
+
+
+def item_assignment(p, x):
+    y = x @ p.a
+    y[:, 0] = 0
+    return y
+
+
+def out_argument(p, x):
+    y = x @ p.a
+    return torch.add(y, y, out=torch.empty_like(x @ p.a))
+
+
+def part_of_a_checkpoint(p, x):
+    return checkpoint(lambda z: (z @ p.a) * 2, x, use_reentrant=False)
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise NotImplementedError
+
+
+def autograd_function(p, x):
+    return Product.apply(x, p.a)
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (view_of_a_copy, "'mul_' writes in place into memory shared with"),
+        (copy_before_the_write, "writes in place into memory shared with"),
+        (item_assignment, "'__setitem__' writes in place"),
+        (out_argument, "'add' writes"),
+        (part_of_a_checkpoint, "checkpoints a part of its own forward"),
+        (autograd_function, "'matmul' in the autograd function Product"),
+    ],
+)
+def test_refused(fn: Callable[..., Any], message: str) -> None:
+    model = Function(Case(fn, {"a": col()}, (), ()))
+    batch = [torch.randn(B, T, D, requires_grad=True)]
+    with pytest.raises(Nemo2Error, match=message):
+        plan(model, "tp=2", step=lambda m, b: m(*b), batch=batch)
+
+
+# What is fast: no operand of these calls may be gathered.
+FREE = [
+    *(["gelu", "broadcast_parameters", "in_place", "clamp_and_masks", "min_and_max_of_two", "conversions"]),
+    *(["split_heads", "heads_of_one", "merge_heads", "einops_patterns", "real_rotary", "complex_rotary"]),
+    *(["custom_rms_norm", "norm_of_each_head", "tied_head", "embeddings", "masks"]),
+]
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_nothing_is_gathered(name: str) -> None:
+    one = CASES[name]
+    batch = [_input(x) for x in one.inputs]
+    step = plan(Function(one).double(), "tp=2", step=lambda m, b: m(*b), batch=batch).step
+    assert step is not None
+    events = [e for a in step.trace.root.walk() for e in a.events() if e.action]
+    gathered = [e.name for e in events for f in e.action.fixes if "gather" in dict(f.steps)]
+    assert not gathered
 
 
 @pytest.mark.parametrize("degree", [2, 4])
 def test_cases(pool: Pool, degree: int) -> None:
-    names = [n for n, c in CASES.items() if degree in c.degrees]
+    names = [*MODULES, *(n for n, c in CASES.items() if degree in c.degrees)]
     failed = pool.run(degree, run_cases, names)[0]
     if failed:
         pytest.fail("\n".join(f"--- {n}\n{text}" for n, text in failed.items()), pytrace=False)

@@ -104,7 +104,8 @@ class Absent(Tensor):
 
     @staticmethod
     def like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Absent:
-        return Absent(torch.empty(shape, dtype=dtype, device="meta"), device)
+        with torch._C.DisableTorchFunction():
+            return Absent(torch.empty(shape, dtype=dtype, device="meta"), device)
 
     def bind(self, value: Tensor) -> None:
         """Let ``value`` stand for this tensor from now on."""
@@ -220,6 +221,8 @@ def absent_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     device = next(x.home for x in _tensors((args, kwargs)) if type(x) is Absent)
     if name == "device":
         return device
+    if name == "requires_grad" and is_absent(first):
+        return first.needs_grad
     if name in ("is_cuda", "is_cpu", "is_meta"):
         return device.type == name[3:]
     if name in ("to", "type") and is_absent(first):

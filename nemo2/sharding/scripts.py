@@ -49,20 +49,38 @@ def needing(trace: Trace, *, soft: bool) -> set[str]:
 
 def programs(trace: Trace, emulated: set[str], captured: set[tuple[object, ...]]) -> Programs:
     """Assemble the programs of one step for the modules in ``emulated``."""
-    installed: dict[str, Action] = {}
+    uses: dict[str, set[Action | None]] = {}
     scripts: dict[str, Script] = {}
     quiet: set[str] = set()
     calls = {key[1] for key in captured if key[0] == "call"}
     for activation in trace.root.walk():
-        action = installable(activation)
-        if action is not None and installed.setdefault(activation.module, action) != action:
-            raise _conflict(activation.module)
+        if activation.leaf:
+            uses.setdefault(activation.module, set()).add(installable(activation))
         if activation.module in emulated or any(e.number in calls for e in activation.events()):
             script = _script(activation, captured)
+            if any(e.again and e.action is not None for e in activation.events()):
+                raise _recomputed(activation.module)
             if scripts.setdefault(activation.module, script) != script:
                 raise _conflict(activation.module)
             quiet |= {child.module for child in activation.children()}
+    merged = {module: _merge(module, actions) for module, actions in uses.items()}
+    installed = {module: action for module, action in merged.items() if action is not None}
     return Programs(installed, scripts, frozenset(quiet - scripts.keys() - installed.keys()))
+
+
+def _merge(module: str, actions: set[Action | None]) -> Action | None:
+    """Return the one action for all calls of a plain module.
+
+    Beside calls that need nothing a ``vary`` may stand: their input carries no gradient.
+    """
+    some = [action for action in actions if action is not None]
+    if not some:
+        return None
+    steps = {step for action in some for fix in action.fixes for step, _ in fix.steps}
+    harmless = some[0].kind == "call" and steps == {"vary"}
+    if len(some) > 1 or (None in actions and not harmless):
+        raise _conflict(module)
+    return some[0]
 
 
 def _script(activation: Activation, captured: set[tuple[object, ...]]) -> Script:
@@ -76,6 +94,14 @@ def _script(activation: Activation, captured: set[tuple[object, ...]]) -> Script
         if keys:
             captures[count] = keys  # type: ignore[assignment]
     return Script(activation.module, tuple(e.name for e in events), actions, captures)  # type: ignore[arg-type]
+
+
+def _recomputed(module: str) -> ShardingError:
+    return ShardingError(
+        f"'{module or 'the step'}' checkpoints a part of its own forward that tensor parallelism"
+        " changes: its second run, in backward, would not be changed\n"
+        "  options: checkpoint whole submodules | put that part into a module of its own"
+    )
 
 
 def _conflict(module: str) -> ShardingError:
