@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .errors import CheckpointError, MeshError, Nemo2Error, PipelineError, ShardingError
 from .functional import global_norm, grad, value_and_grad
 from .mesh import make_mesh
@@ -15,6 +17,7 @@ __all__ = [
     "CheckpointError",
     "ContextParallel",
     "DataParallel",
+    "MegatronStrategy",
     "MeshError",
     "Nemo2Error",
     "ParallelModel",
@@ -31,3 +34,11 @@ __all__ = [
     "shard",
     "value_and_grad",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MegatronStrategy":  # lightning is imported where it is used
+        from .lightning import MegatronStrategy
+
+        return MegatronStrategy
+    raise AttributeError(f"module 'nemo2' has no attribute {name!r}")

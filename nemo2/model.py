@@ -236,6 +236,8 @@ class ParallelModel(nn.Module):
             if step_plan is not None:
                 runner.use(step_plan)
             stack.enter_context(self._seeded())
+            if forward_only:
+                stack.callback(self.free_gathered)
             program = _Program(self, step, parts, forward_only)
             return run_schedule(
                 program,
@@ -324,6 +326,11 @@ class ParallelModel(nn.Module):
         root.set_requires_gradient_sync(on)
         root.set_reshard_after_backward(on)
         root.set_is_last_backward(on)
+
+    def free_gathered(self) -> None:
+        """Free what FSDP gathered; backward does it in a training step."""
+        for module in self.managed:
+            module.reshard()  # type: ignore[operator]
 
     def _to_device(self, batch: Any) -> Any:
         device = self.groups.device

@@ -1,0 +1,248 @@
+"""``self.log`` inside a scheduled step: captured on the last stage, replayed on every rank.
+
+A step runs once for each microbatch, reaches its logging code on the last stage only, and runs
+once more on shapes when it is planned. So the calls are kept while the schedule runs, combined
+over microbatches and ``dp``, sent to all stages, and only then made.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from ..errors import Nemo2Error
+from ..model import ParallelModel
+from ..pytree import tree_map
+from ..sharding.actions import suspended
+from ..sharding.annotate import constrain
+
+EQUAL = "the same on every rank"
+"""Passed as ``sync_dist_group``: ``MegatronStrategy.reduce`` returns such a value as it is."""
+
+_SIGNATURE = inspect.signature(LightningModule.log)
+_COMBINE: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "sum": torch.sum,
+    "min": torch.min,
+    "max": torch.max,
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of ``self.log`` (or, with ``name=None``, of ``self.print``)."""
+
+    name: str | None
+    value: Any
+    dtype: torch.dtype | None
+    options: dict[str, Any]
+
+
+class LogCapture:
+    """The log calls of one step; use one for each step."""
+
+    def __init__(self, module: LightningModule, parallel: ParallelModel) -> None:
+        self.module, self.parallel = module, parallel
+        self.microbatches: list[list[Call]] = []
+        self._planning = False
+
+    # --- while the schedule runs
+
+    @contextmanager
+    def microbatch(self) -> Iterator[None]:
+        """Run the user's step once; when it is only planned, nothing that it changes stays."""
+        self._planning = self.parallel.runner.passage is None
+        self.microbatches.append([])
+        metrics = [m for m in self.module.modules() if isinstance(m, Metric)]
+        attributes = self.module.__dict__
+        attributes.update(log=self._log, print=self._print)
+        before = _own_state(self.module) if self._planning else {}
+        saved = [_quiet(m, self._planning) for m in metrics]
+        try:
+            yield
+        finally:
+            for metric, own in zip(metrics, saved, strict=True):
+                _restore(metric, own)
+            if self._planning:
+                self.microbatches.pop()
+                _put_back(self.module, before)
+            for name in ("log", "print"):
+                attributes.pop(name, None)
+
+    def _log(self, *args: Any, **kwargs: Any) -> None:
+        bound = _SIGNATURE.bind(self.module, *args, **kwargs)
+        options = dict(bound.arguments)
+        options.pop("self")
+        name, value = options.pop("name"), options.pop("value")
+        with suspended():
+            if isinstance(value, Metric):
+                self._check_metric(name)
+            elif not isinstance(value, (Tensor, int, float)) or (
+                isinstance(value, Tensor) and value.numel() != 1
+            ):
+                raise Nemo2Error(
+                    f"self.log('{name}', ...) in a step takes a number or a tensor with one "
+                    f"element, got {type(value).__name__}"
+                )
+            if self._planning:
+                return
+            dtype = value.dtype if isinstance(value, Tensor) else None
+            if isinstance(value, Tensor):
+                value = value.detach().clone()
+            self.microbatches[-1].append(Call(name, value, dtype, options))
+
+    def _check_metric(self, name: str) -> None:
+        if len(self.parallel.plan.stages) > 1:
+            raise Nemo2Error(
+                f"self.log('{name}', <torchmetrics.Metric>) with pp > 1 is not built yet: the "
+                "metric's state is on the last stage only\n"
+                "  options: log the value of this batch, self.log(name, metric(...))"
+            )
+
+    def _print(self, *args: Any, **kwargs: Any) -> None:
+        if not self._planning:
+            text = kwargs.get("sep", " ").join(str(x) for x in args)
+            self.microbatches[-1].append(Call(None, text, None, {}))
+
+    # --- after it
+
+    def replay(self) -> None:
+        """Make each call once on every rank, with the same value.
+
+        The value is combined over the microbatches and ``dp`` as ``reduce_fx`` says: "mean"
+        (weighted by ``batch_size`` where that is given), "sum", "min" or "max".
+
+        Communication: one all-gather of the calls over ``dp`` on the last stage, one
+        broadcast over ``pp``.
+        """
+        runs = [_numbers(calls) for calls in self.microbatches]
+        groups = self.parallel.groups
+        if self.parallel.runner.last and groups.dp_cp.size() > 1:
+            gathered: list[Any] = [None] * groups.dp_cp.size()
+            dist.all_gather_object(gathered, runs, group=groups.dp_cp)
+            metrics = {c.name: c.value for r in runs for c in r if isinstance(c.value, Metric)}
+            runs = [_own_metrics(r, metrics) for part in gathered for r in part]
+        for call in self.parallel.from_last_stage(_combine(runs)):
+            if call.name is None:
+                self.module.print(call.value)
+                continue
+            value = call.value
+            if not isinstance(value, Metric):
+                value = torch.tensor(value, dtype=call.dtype, device=groups.device)
+            options = call.options | {"sync_dist": True, "sync_dist_group": EQUAL}
+            self.module.log(call.name, value, **options)
+
+
+def _numbers(calls: list[Call]) -> list[Call]:
+    """Replace tensors by numbers, with one transfer from the device."""
+    tensors = [c.value.double().reshape(()) for c in calls if isinstance(c.value, Tensor)]
+    numbers = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [replace(c, value=next(numbers)) if isinstance(c.value, Tensor) else c for c in calls]
+
+
+def _own_metrics(calls: list[Call], own: Mapping[str | None, Metric]) -> list[Call]:
+    """Put this rank's metrics in the place of the copies that came from others."""
+    return [replace(c, value=own.get(c.name)) if isinstance(c.value, Metric) else c for c in calls]
+
+
+def _combine(runs: list[list[Call]]) -> list[Call]:
+    """Return one call for each (name, how often it was called before), in the order met."""
+    together: dict[tuple[str | None, int], list[Call]] = {}
+    for calls in runs:
+        seen: dict[str | None, int] = {}
+        for call in calls:
+            number = seen[call.name] = seen.get(call.name, -1) + 1
+            together.setdefault((call.name, number), []).append(call)
+    combined: list[Call] = []
+    for (name, _), same in together.items():
+        if name is None:
+            combined += same
+        else:
+            combined.append(_combine_same(same))
+    return combined
+
+
+def _combine_same(calls: list[Call]) -> Call:
+    first = calls[0]
+    options = dict(first.options)
+    sizes = [c.options.get("batch_size") for c in calls]
+    weights = [float(s) if s else 1.0 for s in sizes]
+    if all(sizes):
+        options["batch_size"] = round(sum(weights))
+    if isinstance(first.value, Metric):
+        return replace(first, options=options)
+    values = torch.tensor([c.value for c in calls], dtype=torch.float64)
+    how = options.get("reduce_fx", "mean")
+    if isinstance(how, str) and how in _COMBINE:
+        value = _COMBINE[how](values)
+    else:
+        share = torch.tensor(weights, dtype=torch.float64)
+        value = (values * share).sum() / share.sum()
+    dtype = first.dtype if first.dtype is not None and first.dtype.is_floating_point else None
+    return replace(first, value=float(value), dtype=dtype, options=options)
+
+
+# --- what planning must not change
+
+
+_MODULE_STATE = frozenset(vars(nn.Module()))
+
+
+def _own_state(module: LightningModule) -> dict[str, Any]:
+    """Return the plain attributes of the user's module; lists, dicts and sets are copied."""
+    state = {}
+    for name, value in vars(module).items():
+        if name not in _MODULE_STATE and name not in ("log", "print"):
+            copied = value.copy() if type(value) in (list, dict, set) else None
+            state[name] = (value, copied)
+    return state
+
+
+def _put_back(module: LightningModule, before: Mapping[str, tuple[Any, Any]]) -> None:
+    attributes = module.__dict__
+    for name in [n for n in attributes if n not in before and n not in _MODULE_STATE]:
+        if name not in ("log", "print"):
+            del attributes[name]
+    for name, (value, copied) in before.items():
+        attributes[name] = value
+        if copied is None:
+            continue
+        value.clear()
+        value.extend(copied) if isinstance(value, list) else value.update(copied)
+
+
+_METRIC_CALLS = ("forward", "update", "compute")
+
+
+def _quiet(metric: Metric, planning: bool) -> dict[str, Any]:
+    """Keep a metric's own computation out of the planned one; skip it when planning."""
+    own = {name: metric.__dict__.get(name) for name in _METRIC_CALLS}
+    for name in _METRIC_CALLS:
+        original = getattr(metric, name)
+
+        def call(*args: Any, _original: Callable[..., Any] = original, **kwargs: Any) -> Any:
+            args, kwargs = tree_map(
+                lambda x: constrain(x, None) if isinstance(x, Tensor) else x, (args, kwargs)
+            )
+            with suspended():
+                return torch.zeros(()) if planning else _original(*args, **kwargs)
+
+        metric.__dict__[name] = call
+    return own
+
+
+def _restore(metric: Metric, own: Mapping[str, Any]) -> None:
+    for name, value in own.items():
+        if value is None:
+            with suppress(KeyError):
+                del metric.__dict__[name]
+        else:
+            metric.__dict__[name] = value

@@ -1,0 +1,380 @@
+"""``MegatronStrategy``: a few Trainer hooks over ``parallelize`` and ``ParallelModel``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
+from lightning.fabric.utilities.distributed import (
+    _all_gather_ddp_if_available,
+    _init_dist_connection,
+    _sync_ddp_if_available,
+)
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, Precision
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torchmetrics import Metric
+
+from ..errors import Nemo2Error
+from ..mesh.sizes import AXES, MeshSizes, fit_sizes
+from ..mesh.watchdog import Watchdog
+from ..model import ParallelModel
+from ..options import Options
+from ..parallelize import parallelize
+from . import checkpoint as checkpoints
+from .launcher import Launcher
+from .logs import EQUAL
+from .steps import (
+    clip_by_norm,
+    clip_by_value,
+    evaluation_step,
+    parameters_of,
+    training_step,
+)
+
+
+class MegatronStrategy(ParallelStrategy):
+    """Train an unmodified LightningModule on a mesh, in Megatron's schedules.
+
+    The module is split in place before ``configure_optimizers``; the annotations of its
+    submodules (``shard``, ``annotate``) say how. ``training_step`` runs once for each
+    microbatch, and may return a loss, a dict with ``"loss"``, or ``(sum, count)``; only the
+    loss, as its global value, goes on to callbacks. What ``self.log`` logs in a step is
+    combined over microbatches and ``dp``, so it is the same on every rank. Code after the
+    model's call runs on the last stage only.
+
+    Args:
+        dp: data-parallel degree; one of the four may be -1, what is left of the devices.
+        pp: pipeline degree.
+        cp: context-parallel degree.
+        tp: tensor-parallel degree.
+        options: those of ``parallelize``, without ``precision`` (the Trainer's decides:
+            "32-true", "64-true" or "bf16-true") and ``inplace`` (always).
+
+    Raises: Nemo2Error for options that are unknown or not built yet; MeshError, when the
+        Trainer is made, if the sizes do not multiply to its devices.
+
+    >>> import lightning as L, nemo2
+    >>> strategy = nemo2.MegatronStrategy(tp=1, pipeline=nemo2.Pipeline(microbatches=2))
+    >>> trainer = L.Trainer(devices=1, accelerator="cpu", strategy=strategy, logger=False)
+    """
+
+    def __init__(
+        self, *, dp: int = -1, pp: int = 1, cp: int = 1, tp: int = 1, **options: Any
+    ) -> None:
+        _check_options(options, cp)
+        super().__init__()
+        self.asked = {"pp": pp, "dp": dp, "cp": cp, "tp": tp}
+        self.options = options
+        self.num_nodes = 1
+        self.parallel: ParallelModel | None = None
+        self.watchdog: Watchdog | None = None
+        self._mesh: DeviceMesh | None = None
+        self._seen_by_rank_zero = False
+
+    # --- who and where
+
+    is_distributed = True
+
+    @property
+    def parallel_model(self) -> ParallelModel:
+        """The ``ParallelModel`` around the LightningModule, once the Trainer has set it up."""
+        if self.parallel is None:
+            raise Nemo2Error("the model is split when the Trainer starts fit, validate or test")
+        return self.parallel
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        if self._mesh is None:
+            raise Nemo2Error("the mesh is made when the Trainer starts fit, validate or test")
+        return self._mesh
+
+    @property
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """The number of processes of this node."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Each dp coordinate reads its own part of the data; other ranks read the same one."""
+        return {"num_replicas": self.mesh["dp"].size(), "rank": self.mesh.get_local_rank("dp")}
+
+    @property
+    def precision_plugin(self) -> Precision:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        if plugin is not None:
+            _check_precision(plugin)
+            # On this instance: the Trainer's clipping ends here.
+            plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
+            plugin.clip_grad_by_value = self._clip_by_value  # type: ignore[method-assign]
+        self._precision_plugin = plugin
+
+    # --- processes
+
+    def _configure_launcher(self) -> None:
+        environment = self.cluster_environment
+        assert environment is not None
+        self._sizes()  # wrong sizes are told before processes start
+        if not environment.creates_processes_externally:
+            self._launcher = Launcher(environment, self.num_processes, self.num_nodes)
+
+    def _sizes(self) -> MeshSizes:
+        return fit_sizes(self.asked, self.num_nodes * self.num_processes)
+
+    def set_world_ranks(self) -> None:
+        environment = self.cluster_environment
+        if environment is not None:
+            environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            environment.set_world_size(self.num_nodes * self.num_processes)
+        utilities_rank_zero_only.rank = self.global_rank
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        reset_seed()
+        self.set_world_ranks()
+        device = self.root_device
+        assert self.cluster_environment is not None
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        _init_dist_connection(self.cluster_environment, backend)
+        if self._mesh is None:
+            shape = tuple(size for _, size in self._sizes().items())
+            self._mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._mesh
+        if dist.get_world_size() > 1:
+            self.watchdog = Watchdog()
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Build the model on the host: only this rank's part goes to the device."""
+        with self.precision_plugin.tensor_init_context():
+            yield
+
+    def setup(self, trainer: Trainer) -> None:
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        module = self.lightning_module
+        assert module is not None
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting and not module.automatic_optimization:
+            raise Nemo2Error(
+                "manual optimization (automatic_optimization = False) does not work with "
+                "MegatronStrategy: the schedule runs forward and backward together\n"
+                "  options: automatic_optimization = True | nemo2.parallelize and your own loop"
+            )
+        if self.parallel is None or self.parallel.module is not module:
+            self.parallel = self._split(module)
+        self.model = module
+        if fitting:
+            self._reset_optimizers_and_schedulers()
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    def _split(self, module: LightningModule) -> ParallelModel:
+        if any(isinstance(p, DTensor) for p in module.parameters()):
+            raise Nemo2Error(
+                f"{type(module).__name__} has been split by another strategy\n"
+                "  options: use the same Trainer again | build a new module and load a checkpoint"
+            )
+        self.precision_plugin.convert_module(module)
+        parallel = parallelize(module, self.mesh, inplace=True, **self.options)
+        for sub in module.modules():
+            if isinstance(sub, Metric):
+                sub.to(self.root_device)
+                if sub.process_group is None:
+                    sub.process_group = parallel.groups.dp_cp
+        for sub in module.modules():  # their device: they were never moved as a whole
+            if isinstance(sub, _DeviceDtypeModuleMixin):
+                sub._device = self.root_device
+        return parallel
+
+    def model_to_device(self) -> None:
+        """Nothing to do: splitting the model moves it."""
+
+    def teardown(self) -> None:
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        if self.watchdog is not None:
+            self.watchdog.stop()
+            self.watchdog = None
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Tell the other ranks, which may be waiting for this one."""
+        watchdog = self.watchdog
+        if watchdog is not None and watchdog.explain(exception) is None:
+            watchdog.report(self.global_rank, watchdog.step, exception)
+
+    # --- steps
+
+    def training_step(self, batch: Any, *args: Any) -> Tensor:
+        module = self.lightning_module
+        assert module is not None
+        trainer = module.trainer
+        with self.precision_plugin.train_step_context(), self._guarded(trainer.global_step):
+            self._free_gradients(trainer, args)
+            return training_step(self.parallel_model, batch, args)
+
+    def validation_step(self, batch: Any, *args: Any) -> Any:
+        with self.precision_plugin.val_step_context():
+            return self._evaluate("validation_step", batch, args)
+
+    def test_step(self, batch: Any, *args: Any) -> Any:
+        with self.precision_plugin.test_step_context():
+            return self._evaluate("test_step", batch, args)
+
+    def predict_step(self, batch: Any, *args: Any) -> Any:
+        with self.precision_plugin.predict_step_context():
+            return self._evaluate("predict_step", batch, args)
+
+    def _evaluate(self, name: str, batch: Any, args: tuple[Any, ...]) -> Any:
+        module = self.lightning_module
+        assert module is not None
+        with self._guarded(module.trainer.global_step):
+            return evaluation_step(self.parallel_model, name, batch, args)
+
+    @contextmanager
+    def _guarded(self, step: int) -> Iterator[None]:
+        with self.watchdog.guard(step) if self.watchdog is not None else nullcontext():
+            yield
+
+    def _free_gradients(self, trainer: Trainer, args: tuple[Any, ...]) -> None:
+        """Drop the last step's gradients before new ones are made: Lightning zeroes them later."""
+        module = type(trainer.lightning_module)
+        if module.optimizer_zero_grad is not LightningModule.optimizer_zero_grad:
+            return
+        batch_idx = trainer.fit_loop.epoch_loop.batch_idx
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+
+    def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        clip_by_norm(self.parallel_model, parameters_of(optimizer), float(clip_val))
+
+    def _clip_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
+        clip_by_value(parameters_of(optimizer), float(clip_val))
+
+    # --- communication
+
+    def barrier(self, name: str | None = None) -> None:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            devices = [self.root_device.index] if self.root_device.type == "cuda" else None
+            dist.barrier(device_ids=devices)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src=src, device=self.root_device)
+        return box[0]
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce over ``dp``: the other ranks of a dp coordinate have the same values."""
+        if not isinstance(tensor, Tensor) or group == EQUAL:
+            return tensor
+        return _sync_ddp_if_available(tensor, self._group(group), reduce_op=reduce_op)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Gather over ``dp``: of shape (dp, *shape)."""
+        return _all_gather_ddp_if_available(tensor, self._group(group), sync_grads=sync_grads)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        if not dist.is_initialized():
+            return decision
+        flag = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def _group(self, group: Any) -> Any:
+        if group is not None:
+            return group
+        return (
+            self.parallel.groups.dp_cp if self.parallel is not None else self.mesh.get_group("dp")
+        )
+
+    # --- checkpoints
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return False
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return name -> DTensor or buffer, of what this rank's stage owns."""
+        return checkpoints.model_state(self.parallel_model)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return name -> state, of what this rank's stage owns, and the groups' options."""
+        return checkpoints.optimizer_state(self.parallel_model, optimizer)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        if storage_options is not None:
+            raise Nemo2Error("MegatronStrategy writes checkpoints itself: no storage_options")
+        checkpoints.save(self.parallel_model, checkpoint, self.broadcast(filepath))
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        module = self.lightning_module
+        assert module is not None
+        fitting = module.trainer.state.fn == TrainerFn.FITTING
+        return checkpoints.load(
+            self.parallel_model,
+            self.optimizers if fitting else [],
+            self.broadcast(checkpoint_path),
+            strict=module.strict_loading,
+            weights_only=weights_only,
+        )
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        """Nothing to do: ``load_checkpoint`` has filled the parameters."""
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Nothing to do: ``load_checkpoint`` has filled the optimizers."""
+
+
+def _check_options(options: dict[str, Any], cp: int) -> None:
+    for name, instead in (
+        ("precision", 'Trainer(precision="bf16-true")'),
+        ("inplace", "nothing: it is always in place"),
+    ):
+        if name in options:
+            raise Nemo2Error(f"MegatronStrategy takes no {name!r}; use {instead}")
+    Options.resolve(MeshSizes(cp=cp if isinstance(cp, int) and cp > 0 else 1), **options)
+
+
+def _check_precision(plugin: Precision) -> None:
+    known = type(plugin) in (Precision, DoublePrecision) or (
+        type(plugin) is HalfPrecision and plugin.precision == "bf16-true"
+    )
+    if not known:
+        raise Nemo2Error(
+            f"precision {plugin.precision!r} ({type(plugin).__name__}) is not built yet\n"
+            "  options: Trainer(precision='32-true' | '64-true' | 'bf16-true')"
+        )

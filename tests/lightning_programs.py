@@ -1,0 +1,176 @@
+"""Models and Trainer runs for ``test_lightning``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import nemo2
+from nemo2 import shard
+
+WIDTH, VOCABULARY, LENGTH = 16, 24, 6
+
+
+class Block(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.dropout = nn.Dropout(dropout)
+        shard(self.up.weight, "tp", dim=0)
+        shard(self.up.bias, "tp", dim=0)
+        shard(self.down.weight, "tp", dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm(x)))))
+
+
+class Net(nn.Module):
+    """Tied embedding and head, split over ``tp`` along the vocabulary."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(Block(dropout) for _ in range(4))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head.weight = self.embed.weight
+        shard(self.embed.weight, "tp", dim=0)
+        shard(self.layers, "pp")
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x))
+
+
+class Lit(L.LightningModule):
+    """A LightningModule that knows nothing of meshes."""
+
+    def __init__(self, dropout: float = 0.0, late: bool = False) -> None:
+        super().__init__()
+        self.dropout, self.net, self.calls = dropout, None, 0
+        if not late:
+            self.net = Net(dropout)
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            torch.manual_seed(5)
+            self.net = Net(self.dropout)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.net(ids)
+
+    def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
+        ids, labels = batch
+        logits = self(ids)
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return loss, logits
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss, _ = self.loss(batch)
+        self.calls += 1
+        self.log("loss", loss, prog_bar=True, on_step=True, on_epoch=True)
+        self.log_dict({"double": 2 * loss.item(), "index": float(batch_idx)})
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss, _ = self.loss(batch)
+        self.log("val_loss", loss, prog_bar=True)
+        return loss
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", self.loss(batch)[0])
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, eps=1e-6)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (1 + 0.1 * n))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Record(L.Callback):
+    """Keeps the losses that the Trainer logs, step by step."""
+
+    def __init__(self, stop_before: int | None = None) -> None:
+        self.losses: list[float] = []
+        self.seen: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+        metrics = {n: float(v) for n, v in trainer.callback_metrics.items()}
+        self.losses.append(metrics["loss_step"] if "loss_step" in metrics else metrics["loss"])
+        self.seen.append(metrics)
+
+
+def data(batch: int, samples: int) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(VOCABULARY, (samples, LENGTH + 1), generator=generator)
+    return DataLoader(TensorDataset(ids[:, :-1], ids[:, 1:]), batch_size=batch)
+
+
+def trainer(folder: str | Path, **options: Any) -> L.Trainer:
+    base: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "precision": "64-true",
+        "max_steps": 10,
+        "max_epochs": 1,
+        "val_check_interval": 5,
+        "num_sanity_val_steps": 1,
+        "gradient_clip_val": 0.5,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "default_root_dir": str(folder),
+    }
+    return L.Trainer(**(base | options))
+
+
+def quiet() -> None:
+    warnings.filterwarnings("ignore", module="lightning.*")
+    warnings.filterwarnings("ignore", message=".*torch.jit.*")
+
+
+def fit(
+    folder: str | Path,
+    strategy: Callable[[], Any] | dict[str, Any] | None,
+    *,
+    batch: int = 8,
+    samples: int = 80,
+    build: Callable[[], L.LightningModule] = Lit,
+    ckpt_path: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train; return what the Trainer saw on this rank."""
+    quiet()
+    torch.manual_seed(1)
+    if strategy is not None:
+        options |= {"strategy": nemo2.MegatronStrategy(**strategy)}
+    record = Record()
+    made = trainer(folder, callbacks=[record, *options.pop("callbacks", [])], **options)
+    torch.manual_seed(1)
+    module = build()
+    made.fit(module, data(batch, samples), data(batch, 16), ckpt_path=ckpt_path)
+    fitted = {n: float(v) for n, v in made.callback_metrics.items()}
+    (validated,) = made.validate(module, data(batch, 16), verbose=False)
+    return {
+        "losses": record.losses,
+        "seen": record.seen,
+        "fitted": fitted,
+        "logged": {n: float(v) for n, v in made.logged_metrics.items()},
+        "validated": validated,
+        "calls": getattr(module, "calls", None),
+    }
