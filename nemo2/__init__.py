@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .errors import CheckpointError, MeshError, Nemo2Error, PipelineError, ShardingError
+from .explain import explain
 from .functional import global_norm, grad, value_and_grad
 from .mesh import make_mesh
 from .model import ParallelModel
@@ -12,6 +13,7 @@ from .options import ContextParallel, DataParallel, Pipeline
 from .parallelize import parallelize
 from .plan import Plan, plan
 from .sharding.annotate import annotate, shard
+from .verify import Report, verify
 
 __all__ = [
     "CheckpointError",
@@ -24,8 +26,10 @@ __all__ = [
     "Pipeline",
     "PipelineError",
     "Plan",
+    "Report",
     "ShardingError",
     "annotate",
+    "explain",
     "global_norm",
     "grad",
     "make_mesh",
@@ -33,6 +37,7 @@ __all__ = [
     "plan",
     "shard",
     "value_and_grad",
+    "verify",
 ]
 
 

@@ -19,7 +19,8 @@ from .pipeline.microbatch import split_batch
 from .pipeline.runner import StageRunner, Step
 from .plan import Plan, StepPlan, plan_step
 from .pytree import tree_flatten, tree_map, tree_unflatten
-from .sharding.reduce import gradient, norm_of, reduce_gradients
+from .sharding.borrow import Loan, give_back, lent, make_loans
+from .sharding.reduce import gradient, norm_of, reduce_gradients, scale_gradients
 from .sharding.storage import Storage, local_of
 from .trace import Place
 
@@ -55,6 +56,7 @@ class ParallelModel(nn.Module):
         self.ties, self.seed, self.steps = ties, seed, 0
         self.__dict__["places"] = tuple(places)
         self._step_plans: OrderedDict[Any, StepPlan | None] = OrderedDict()
+        self._loans_made: dict[Any, list[Loan]] = {}
         for module in managed:
             module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
             module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
@@ -210,9 +212,9 @@ class ParallelModel(nn.Module):
         partial = step_plan.partial if step_plan is not None else frozenset()
         planned = step_plan is not None and step_plan.trace.complete
         used = frozenset(step_plan.trace.param_uses) if step_plan is not None and planned else None
-        reduce_gradients(
-            self.storage, self.groups, partial, self.ties, used, 1.0 / count if count else 0.0
-        )
+        reduce_gradients(self.storage, self.groups, partial, self.ties, used)
+        give_back(self._loans(step_plan), self.storage, self.groups, partial)
+        scale_gradients(self.storage, 1.0 / count if count else 0.0)
         return loss, losses.aux
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -235,6 +237,7 @@ class ParallelModel(nn.Module):
             step_plan = self._plan_for(step, parts[0], key)
             if step_plan is not None:
                 runner.use(step_plan)
+            stack.enter_context(lent(self._loans(step_plan), self.storage, groups))
             stack.enter_context(self._seeded())
             if forward_only:
                 stack.callback(self.free_gathered)
@@ -270,17 +273,24 @@ class ParallelModel(nn.Module):
 
     def _plan_step(self, step: Step, batch: Any) -> StepPlan:
         with self.runner.as_written(self.managed):
-            result = plan_step(
+            return plan_step(
                 self.plan,
                 self.module,
                 lambda: step(self.module, batch),
                 self.places,
                 self.groups.device,
             )
-        if result.borrowed:
-            shown = "; ".join(f"'{n}' on stages {list(s)}" for n, s in result.borrowed.items())
-            raise PipelineError(f"parameters are used on stages that do not hold them: {shown}")
-        return result
+
+    def _loans(self, step_plan: StepPlan | None) -> list[Loan]:
+        """Return the loans of a step, made once for each set of borrowed parameters."""
+        if step_plan is None or not step_plan.borrowed:
+            return []
+        key = tuple(sorted(step_plan.borrowed.items()))
+        if key not in self._loans_made:
+            self._loans_made[key] = make_loans(
+                step_plan.borrowed, self.plan, self.places, self.groups
+            )
+        return self._loans_made[key]
 
     def _global_loss(self, losses: _Losses) -> tuple[Tensor, float]:
         """Return the global loss and the global count, over microbatches and dp.

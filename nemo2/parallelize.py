@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .mesh.groups import MeshGroups, new_group
+from .mesh.groups import MeshGroups, stage_group
 from .model import ParallelModel
 from .options import Pipeline
 from .pipeline.runner import StageRunner
@@ -78,12 +78,9 @@ def _tie_groups(plan: Plan, groups: MeshGroups) -> dict[str, dist.ProcessGroup]:
     ties: dict[str, dist.ProcessGroup] = {}
     for param in plan.params:
         if len(param.stages) > 1 and groups.pp_rank in param.stages:
-            ranks = tuple(dist.get_global_rank(groups.pp, s) for s in param.stages)
-            if ranks not in made:
-                group = new_group(ranks)
-                assert group is not None
-                made[ranks] = group
-            ties[param.name] = made[ranks]
+            if param.stages not in made:
+                made[param.stages] = stage_group(groups, param.stages)
+            ties[param.name] = made[param.stages]
     return ties
 
 

@@ -1,6 +1,6 @@
 """Named axes, sizes, coordinates and groups of a mesh; the guard against ranks that die."""
 
-from nemo2.mesh.groups import MeshGroups, new_group
+from nemo2.mesh.groups import MeshGroups, new_group, stage_group
 from nemo2.mesh.make import make_mesh
 from nemo2.mesh.sizes import AXES, MeshSizes, fit_sizes, parse_sizes
 from nemo2.mesh.watchdog import Patience, Watchdog
@@ -15,4 +15,5 @@ __all__ = [
     "make_mesh",
     "new_group",
     "parse_sizes",
+    "stage_group",
 ]

@@ -101,6 +101,20 @@ def new_group(ranks: Sequence[int]) -> ProcessGroup | None:
     return cast("ProcessGroup", group)
 
 
+def stage_group(groups: MeshGroups, stages: Sequence[int]) -> ProcessGroup:
+    """Return the group of this rank's counterparts on ``stages``, which include its own.
+
+    Communication: making a group, unless it is that of all stages: see ``new_group``.
+    """
+    if len(stages) == groups.sizes.pp:
+        # Not only cheaper: torch names a group of the whole world by a counter that differs
+        # between ranks once some of them are in groups that others are not in.
+        return groups.pp
+    group = new_group([dist.get_global_rank(groups.pp, stage) for stage in stages])
+    assert group is not None
+    return group
+
+
 def _with_all_axes(mesh: DeviceMesh, sizes: MeshSizes) -> DeviceMesh:
     """Return the mesh itself if it has the four axes in order, else one made of its groups."""
     names = mesh.mesh_dim_names or ()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode, _len_torch_function_stack
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import PipelineError
@@ -26,6 +26,8 @@ from ..sharding.actions import (
     Action,
     Emulate,
     Script,
+    pause,
+    resume,
     rowwise_linear,
     run_action,
     suspended,
@@ -58,6 +60,7 @@ class Passage:
     values: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     mode: Emulate | None = None
+    paused: list[TorchFunctionMode] | None = None
 
 
 class StageRunner(nn.Module):
@@ -107,8 +110,8 @@ class StageRunner(nn.Module):
                 return resolve((args, kwargs))  # type: ignore[no-any-return]
             if index == self.stage.first:
                 self._bind(passage, block)
-            if passage.mode is not None:
-                _pop_mode()
+            if passage.mode is not None:  # the step's script does not count what blocks do
+                passage.paused = pause()
             args, kwargs = resolve((args, kwargs))
             for x in tree_leaves((args, kwargs)):
                 if is_absent(x):
@@ -118,8 +121,9 @@ class StageRunner(nn.Module):
         return hook
 
     def _leaving(self, block: nn.Module, args: Any, output: Any) -> None:
-        if self.passage is not None and self.passage.mode is not None:
-            _push_mode(self.passage.mode)
+        if self.passage is not None and self.passage.paused is not None:
+            resume(self.passage.paused)
+            self.passage.paused = None
 
     def _bind(self, passage: Passage, block: nn.Module) -> None:
         """Give the received tensors to the absent ones that stand for them."""
@@ -329,12 +333,12 @@ def _boundary(values: tuple[Crossing, ...]) -> Boundary:
 @contextmanager
 def _modes_restored() -> Iterator[None]:
     """Leave the stack of torch-function modes as it was, also when the user's code raises."""
-    depth = _len_torch_function_stack()
+    before = pause()
+    resume(before)
     try:
         yield
     finally:
-        while _len_torch_function_stack() > depth:
-            _pop_mode()
+        resume(before)
 
 
 def quiet_forward(original: Callable[..., Any]) -> Callable[..., Any]:

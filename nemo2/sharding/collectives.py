@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 # torch 2.13 renames the function and deprecates the old name.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def all_gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """Return the shards of all ranks of ``axis`` concatenated along ``dim`` (no gradient)."""
     x = x.movedim(dim, 0).contiguous()
     out = x.new_empty((x.shape[0] * axis.degree, *x.shape[1:]))
-    _all_gather(out, x, group=axis.group)
+    gather_single(out, x, group=axis.group)
     return out.movedim(0, dim).contiguous()
 
 

@@ -57,9 +57,8 @@ def reduce_gradients(
     partial: frozenset[str],
     ties: Mapping[str, ProcessGroup],
     used: frozenset[str] | None,
-    scale: float,
 ) -> None:
-    """Bring the gradients that the microbatches left to their global value, times ``scale``.
+    """Sum the gradients that the microbatches left over the ranks that share parameters.
 
     In order: sums over ``tp`` of replicated parameters used in split regions; sums over
     ``dp`` of what FSDP does not reduce; sums over the stages that share a tied parameter.
@@ -82,7 +81,12 @@ def reduce_gradients(
         grad = gradient(storage.entries[name])
         if grad is not None:
             dist.all_reduce(grad, group=group)
+
+
+def scale_gradients(storage: Storage, scale: float) -> None:
+    """Multiply every gradient that a run left by ``scale``."""
     if scale != 1.0:
+        trainable = [e for e in storage if e.plan.trainable]
         grads = [g for e in trainable if (g := gradient(e)) is not None]
         if grads:
             torch._foreach_mul_(grads, scale)

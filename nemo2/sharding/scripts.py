@@ -1,4 +1,4 @@
-"""From one planning run to what is installed: forwards of plain modules, and scripts of the rest."""
+"""From one planning run to what is installed: forwards of plain modules, scripts of the rest."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from ..pipeline.absent import Absent
 from ..pipeline.stages import expected_stages
 from ..plan import ParamPlan, Plan
 from ..trace import Place
+from .collectives import gather_single
 
 
 @dataclass
@@ -118,7 +119,7 @@ def check_same_everywhere(plan: Plan, groups: MeshGroups) -> None:
     digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
     digest = digest.to(groups.device)
     everyone = digest.new_empty((groups.sizes.world * digest.numel(),))
-    dist.all_gather_into_tensor(everyone, digest, group=groups.world)
+    gather_single(everyone, digest, group=groups.world)
     rows = everyone.view(groups.sizes.world, -1)
     odd = [r for r in range(groups.sizes.world) if not torch.equal(rows[r], rows[0])]
     if odd:

@@ -1,0 +1,252 @@
+"""The plan as tables: what is where, what crosses, which collectives run."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from math import prod
+
+from .communication import Collective, boundary_bytes, collectives
+from .model import ParallelModel
+from .plan import ParamPlan, Plan, StepPlan
+
+
+def explain(model_or_plan: ParallelModel | Plan) -> str:
+    """Return the plan of a model as text: parameters, stages, boundaries, collectives.
+
+    >>> import torch, nemo2
+    >>> print(nemo2.explain(nemo2.plan(torch.nn.Linear(4, 8), "dp=2")).splitlines()[0])
+    mesh pp=1 dp=2 cp=1 tp=1 (2 ranks), data_parallel=fsdp, microbatches=1, schedule=1f1b
+    """
+    plan = model_or_plan.plan if isinstance(model_or_plan, ParallelModel) else model_or_plan
+    return tables(plan)
+
+
+def tables(plan: Plan) -> str:
+    """Return ``plan`` as text tables; a table row stands for all blocks that are alike."""
+    options = plan.options
+    head = (
+        f"mesh {plan.sizes} ({plan.sizes.world} ranks), data_parallel={options.data_parallel.kind}, "
+        f"microbatches={options.pipeline.microbatches}, schedule={options.pipeline.schedule}"
+    )
+    parts = [
+        head,
+        "weights and buffers: copied from the first rank of the mesh",
+        _parameters(plan),
+        _stages(plan),
+    ]
+    if plan.step is None:
+        parts.append(
+            "activations: planned at the first call, or with plan(model, mesh, step=..., batch=...)"
+        )
+    else:
+        parts += [_boundaries(plan, plan.step), _collectives(plan, plan.step), _modules(plan.step)]
+    return "\n\n".join(p for p in parts if p)
+
+
+def table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return rows as aligned text under a title."""
+    cells = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+    return "\n".join([title, lines[0], "  " + "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def _family(name: str) -> str:
+    """Return a name with its block numbers replaced, the same for all blocks that are alike."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)
+
+
+def placement(param: ParamPlan, plan: Plan) -> str:
+    """Return how a parameter is placed, for example ``tp: Shard(0), dp: Shard(0)``."""
+    tp = "Replicate()" if param.tp_dim is None else f"Shard({param.tp_dim})"
+    fsdp = plan.options.data_parallel.kind == "fsdp" and plan.sizes.dp > 1 and param.shape
+    dp = f"Shard({param.dp_dim})" if fsdp else "Replicate()"
+    parts = [f"tp: {tp}"] if plan.sizes.tp > 1 else []
+    parts += [f"dp: {dp}"] if plan.sizes.dp > 1 else []
+    return ", ".join(parts) or "whole"
+
+
+def _parameters(plan: Plan) -> str:
+    groups: dict[tuple[str, ...], list[ParamPlan]] = {}
+    for p in plan.params:
+        key = (
+            _family(p.name),
+            str(p.shape),
+            str(p.local_shape),
+            str(p.dtype),
+            placement(p, plan),
+            str(p.trainable),
+        )
+        groups.setdefault(key, []).append(p)
+    rows = []
+    for (name, shape, local, dtype, where, _), same in groups.items():
+        first = same[0]
+        count = f" x{len(same)}" if len(same) > 1 else ""
+        stages = sorted({s for p in same for s in p.stages})
+        notes = [f"tied to {', '.join(first.aliases)}"] if first.aliases else []
+        notes += [] if first.trainable else ["frozen"]
+        shown = f"{stages[0]}-{stages[-1]}" if len(stages) > 1 else stages[0]
+        rows.append(
+            (
+                name + count,
+                dtype.removeprefix("torch."),
+                shape,
+                where,
+                local,
+                shown,
+                "; ".join(notes),
+            )
+        )
+    total = sum(prod(p.shape) for p in plan.params)
+    header = ("name", "dtype", "global shape", "placement", "local (tp)", "stage", "")
+    return table(f"parameters: {total:,}", header, rows)
+
+
+def _stages(plan: Plan) -> str:
+    rows = []
+    for stage in plan.stages:
+        names = plan.blocks[stage.first : stage.last + 1]
+        blocks = f"{names[0]} .. {names[-1]} ({len(names)})" if names else "(whole model)"
+        held = [p for p in plan.params if stage.index in p.stages]
+        outside = [p.name for p in held if not any(p.name.startswith(b + ".") for b in plan.blocks)]
+        count = sum(prod(p.shape) for p in held)
+        local = sum(prod(p.local_shape) for p in held)
+        listed = ", ".join(outside[:4]) + (" ..." if len(outside) > 4 else "")
+        rows.append(
+            (stage.index, blocks, f"{count:,}", f"{local:,}", listed if plan.blocks else "")
+        )
+    return table(
+        "stages", ("stage", "blocks", "parameters", "on a rank (tp)", "outside blocks"), rows
+    )
+
+
+def _boundaries(plan: Plan, step: StepPlan) -> str:
+    if len(plan.stages) == 1:
+        return ""
+    rows = []
+    for i, (boundary, nbytes) in enumerate(zip(step.boundaries, boundary_bytes(plan), strict=True)):
+        for c in boundary:
+            source = (
+                f"{c.key[1]}[{c.key[3]}]"
+                if c.key[0] == "out"
+                else f"torch call {c.key[1]} of the step"
+            )
+            grad = "gradient returns" if c.requires_grad else "no gradient"
+            rows.append(
+                (
+                    f"{i} -> {i + 1}",
+                    source,
+                    c.local_shape,
+                    str(c.dtype).removeprefix("torch."),
+                    f"{nbytes:,}",
+                    grad,
+                )
+            )
+    text = table(
+        "boundaries, for one microbatch",
+        ("stages", "value", "local shape", "dtype", "bytes", ""),
+        rows,
+    )
+    for name, stages in step.borrowed.items():
+        text += f"\n  '{name}' is used on stage {', '.join(map(str, stages))} and lent there each step: register its module where it is used to save that"
+    return text
+
+
+def _collectives(plan: Plan, step: StepPlan) -> str:
+    counted = Counter(
+        (_family(c.module) or "(step)", c.call, c.direction, c.kind, c.shape, c.dtype, c.nbytes)
+        for c in collectives(step.trace, plan.sizes.tp)
+    )
+    rows = [
+        ("tp", module, call, direction, kind, count, shape, f"{nbytes * count:,}")
+        for (module, call, direction, kind, shape, _, nbytes), count in counted.items()
+    ]
+    rows += [
+        ("tp", n, "", "end of step", "all-reduce of gradient", 1, plan.param(n).local_shape, "")
+        for n in sorted(step.partial)
+    ]
+    rows += _data_parallel(plan)
+    if not rows:
+        return ""
+    header = ("axis", "module", "call", "when", "collective", "count", "shape", "bytes")
+    return table("collectives, for one microbatch (end of step: once)", header, rows)
+
+
+def _data_parallel(plan: Plan) -> list[tuple[object, ...]]:
+    rows: list[tuple[object, ...]] = []
+    if plan.sizes.dp > 1 and plan.options.data_parallel.kind == "fsdp":
+        units = len(plan.blocks) + 1
+        rows.append(
+            (
+                "dp",
+                "(each block, and the rest)",
+                "",
+                "forward",
+                "all-gather of parameters",
+                units,
+                "",
+                "",
+            )
+        )
+        rows.append(
+            (
+                "dp",
+                "(each block, and the rest)",
+                "",
+                "last backward",
+                "reduce-scatter of gradients",
+                units,
+                "",
+                "",
+            )
+        )
+    elif plan.sizes.dp > 1:
+        rows.append(
+            ("dp", "(all parameters)", "", "end of step", "all-reduce of gradients", 1, "", "")
+        )
+    for p in plan.params:
+        if len(p.stages) > 1:
+            rows.append(
+                (
+                    "pp",
+                    p.name,
+                    "",
+                    "end of step",
+                    "all-reduce of tied gradient",
+                    1,
+                    p.local_shape,
+                    "",
+                )
+            )
+    rows.append(("all", "(step)", "", "end of step", "all-reduce of loss and count", 1, (4,), "32"))
+    return rows
+
+
+def _modules(step: StepPlan) -> str:
+    """Say how each module that tensor parallelism touches runs."""
+    groups: dict[tuple[str, str], int] = {}
+    for name, action in step.programs.installed.items():
+        how = {
+            "rowwise": "row-split, then all-reduce",
+            "embedding": "rows of the table here, then all-reduce",
+        }
+        key = (_family(name), how.get(action.kind, "column-split"))
+        groups[key] = groups.get(key, 0) + 1
+    for name in step.programs.scripts:
+        if name or any(
+            a.kind != "call" or a.fixes for a in step.programs.scripts[name].actions.values()
+        ):
+            groups[
+                (_family(name) or "(step)", "own code, sees global sizes (calls translated)")
+            ] = 1
+    for name in step.programs.proved:
+        key = (_family(name), "own code on local tensors, proved equal")
+        groups[key] = groups.get(key, 0) + 1
+    if not groups:
+        return ""
+    return table("modules under tp", ("module", "runs"), groups)

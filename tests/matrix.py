@@ -1,0 +1,141 @@
+"""The parity matrix: every model on every mesh, data-parallel kind and microbatch count.
+
+``python -m tests.matrix`` runs the whole product and writes ``docs/matrix.md``; the tests run
+a covering design in which every pair of options occurs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nemo2
+from tests.models import ZOO, token_ids
+
+MICROBATCHES = (1, 2, 5, 8)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of options."""
+
+    model: str
+    dp: int
+    pp: int
+    tp: int
+    kind: str
+    microbatches: int
+
+    @property
+    def world(self) -> int:
+        return self.dp * self.pp * self.tp
+
+    @property
+    def options(self) -> tuple[tuple[str, Any], ...]:
+        return tuple(vars(self).items())
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model}, dp={self.dp} pp={self.pp} tp={self.tp} {self.kind} x{self.microbatches}"
+        )
+
+
+def product(sizes: Sequence[int] = (1, 2)) -> list[Cell]:
+    cells = itertools.product(ZOO, sizes, sizes, sizes, ("ddp", "fsdp"), MICROBATCHES)
+    return [c for c in map(lambda x: Cell(*x), cells) if c.tp <= ZOO[c.model].max_tp]
+
+
+def covering(cells: Sequence[Cell]) -> list[Cell]:
+    """Choose cells, greedily, until every pair of options of ``cells`` occurs."""
+    pairs = {c: set(itertools.combinations(c.options, 2)) for c in cells}
+    missing = set().union(*pairs.values())
+    chosen: list[Cell] = []
+    while missing:
+        best = max(cells, key=lambda c: len(pairs[c] & missing))
+        missing -= pairs[best]
+        chosen.append(best)
+    return sorted(chosen, key=str)
+
+
+def check(cells: Sequence[Cell], dtype: torch.dtype, device: str) -> list[tuple[bool, str]]:
+    """Verify each cell in the running process group; the same answer on every rank."""
+    return [check_one(cell, dtype, device) for cell in cells]
+
+
+def check_one(cell: Cell, dtype: torch.dtype, device: str) -> tuple[bool, str]:
+    case = ZOO[cell.model]
+    report = nemo2.verify(
+        case,
+        token_ids(cell.dp * cell.microbatches * (2 if cell.microbatches == 1 else 1)),
+        case.loss,
+        {"dp": cell.dp, "pp": cell.pp, "tp": cell.tp},
+        device=device,
+        dtype=dtype,
+        rules=case.rules,
+        data_parallel=cell.kind,
+        pipeline=nemo2.Pipeline(microbatches=cell.microbatches),
+    )
+    return report.ok, str(report)
+
+
+def main() -> int:
+    from tests.pool import Pool
+
+    cells = product()
+    started, failed = time.time(), []
+    pool = Pool()
+    try:
+        for world in sorted({c.world for c in cells}):
+            same = [c for c in cells if c.world == world]
+            for i in range(0, len(same), 16):
+                part = same[i : i + 16]
+                results = pool.run(world, check, part, torch.float64, "cpu", timeout=600)[0]
+                failed += [(c, text) for c, (ok, text) in zip(part, results, strict=True) if not ok]
+                print(
+                    f"{world} ranks: {i + len(part)}/{len(same)}, {len(failed)} differ", flush=True
+                )
+    finally:
+        pool.close()
+    minutes = (time.time() - started) / 60
+    write(cells, [c for c, _ in failed], minutes)
+    for cell, text in failed:
+        print(cell, text, sep="\n")
+    print(f"{len(cells) - len(failed)} passed, {len(failed)} failed")
+    return 1 if failed else 0
+
+
+def write(cells: Sequence[Cell], failed: Sequence[Cell], minutes: float) -> None:
+    lines = [
+        "# The parity matrix",
+        "",
+        "`make matrix`: every cell is one `nemo2.verify` in float64 at 1e-9 against the unsplit model on one",
+        "device (loss, every gradient, gradient norm, weights after one AdamW step), on gloo processes.",
+        "",
+        f"torch {torch.__version__.split('+')[0]}, Python {sys.version.split()[0]}, {minutes:.0f} minutes on 2 cores: "
+        f"{len(cells) - len(failed)} of {len(cells)} cells equal one device.",
+        "",
+        "Each entry: cells equal / cells, over (ddp, fsdp) and 1, 2, 5 and 8 microbatches.",
+        "",
+    ]
+    meshes = sorted({(c.dp, c.pp, c.tp) for c in cells})
+    names = [f"dp{d} pp{p} tp{t}" for d, p, t in meshes]
+    lines += ["| model | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for model in ZOO:
+        row = []
+        for mesh in meshes:
+            own = [c for c in cells if c.model == model and (c.dp, c.pp, c.tp) == mesh]
+            good = sum(c not in failed for c in own)
+            row.append(f"{good} / {len(own)}" if own else "")
+        lines.append(f"| {model} | " + " | ".join(row) + " |")
+    Path(__file__).parent.parent.joinpath("docs", "matrix.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Parity with one device, by ``verify``, over a covering design of models, meshes and options."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from tests.matrix import Cell, check, covering, product
+from tests.models import ZOO
+
+DESIGN = covering(product())
+WORLDS = sorted({c.world for c in DESIGN})
+
+
+def test_design_covers_every_pair():
+    wanted = {p for c in product() for p in itertools.combinations(c.options, 2)}
+    found = {p for c in DESIGN for p in itertools.combinations(c.options, 2)}
+    assert found == wanted
+    assert len(DESIGN) < len(product()) / 5
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("world", WORLDS)
+def test_equal_to_one_device(pool, world):
+    cells = [c for c in DESIGN if c.world == world]
+    results = pool.run(world, check, cells, torch.float64, pool.device, timeout=580)[0]
+    bad = [f"{c}\n{text}" for c, (ok, text) in zip(cells, results, strict=True) if not ok]
+    assert not bad, "\n".join(bad)
+
+
+@pytest.mark.timeout(300)
+def test_equal_to_one_device_in_float32(pool):
+    cells = [Cell(m, 2, 1, 2, "fsdp", 2) for m in ("gpt tied", "encoder", "llama")]
+    cells += [Cell(m, 1, 2, 2, "ddp", 5) for m in ("gpt", "skip glue", "llama tied")]
+    results = pool.run(4, check, cells, torch.float32, pool.device, timeout=280)[0]
+    bad = [f"{c}\n{text}" for c, (ok, text) in zip(cells, results, strict=True) if not ok]
+    assert not bad, "\n".join(bad)
+
+
+@pytest.mark.timeout(300)
+def test_fewer_kv_heads_than_ranks(pool):
+
+    cases = ("gpt grouped", "llama")
+    cells = [Cell(m, dp, pp, 4, "fsdp", 2) for m in cases for dp, pp in ((1, 1),)]
+    results = pool.run(4, check, cells, torch.float64, pool.device, timeout=280)[0]
+    wide = [Cell(m, 1, 2, 4, "ddp", 2) for m in cases]
+    results += pool.run(8, check, wide, torch.float64, pool.device, timeout=280)[0]
+    assert all(ok for ok, _ in results), [text for ok, text in results if not ok]
+    assert all(ZOO[m].how.get("kv_heads", 2) < 4 for m in cases)
+
+
+@pytest.mark.timeout(300)
+def test_more_stages(pool):
+    """Three and four stages: middle ones, counts that do not divide, fewer microbatches than stages."""
+    three = [
+        Cell(m, 1, 3, 1, "ddp", mb) for m in ("gpt", "skip argument", "skip glue") for mb in (1, 2)
+    ]
+    results = pool.run(3, check, three, torch.float64, pool.device, timeout=280)[0]
+    four = [Cell("skip glue", 2, 4, 1, "fsdp", 2), Cell("skip argument", 1, 4, 2, "ddp", 5)]
+    results += pool.run(8, check, four, torch.float64, pool.device, timeout=280)[0]
+    assert all(ok for ok, _ in results), [text for ok, text in results if not ok]
