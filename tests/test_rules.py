@@ -1,4 +1,4 @@
-"""Every rule of the layout rules, run for real: sharded outputs and gradients against unsharded ones.
+"""Every layout rule, run for real: sharded outputs and gradients against unsharded ones.
 
 A case is a small function of annotated parameters and inputs. Each runs on a pool of ranks
 under its own plan, once with the modules that were proved running their own code, and once
@@ -1136,8 +1136,26 @@ def test_refused(fn: Callable[..., Any], message: str) -> None:
 
 # What is fast: no operand of these calls may be gathered.
 FREE = [
-    *(["gelu", "broadcast_parameters", "in_place", "clamp_and_masks", "min_and_max_of_two", "conversions"]),
-    *(["split_heads", "heads_of_one", "merge_heads", "einops_patterns", "real_rotary", "complex_rotary"]),
+    *(
+        [
+            "gelu",
+            "broadcast_parameters",
+            "in_place",
+            "clamp_and_masks",
+            "min_and_max_of_two",
+            "conversions",
+        ]
+    ),
+    *(
+        [
+            "split_heads",
+            "heads_of_one",
+            "merge_heads",
+            "einops_patterns",
+            "real_rotary",
+            "complex_rotary",
+        ]
+    ),
     *(["custom_rms_norm", "norm_of_each_head", "tied_head", "embeddings", "masks"]),
 ]
 

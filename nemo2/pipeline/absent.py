@@ -7,6 +7,7 @@ of the same Python variable is a use of the received tensor.
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from torch import Tensor
 from ..errors import PipelineError
 from ..pytree import tree_leaves, tree_map
 from ..sharding.layout import REPLICATED, Layout
-
 
 _REAL_CONSTRUCTORS = {
     "empty_like",
@@ -163,13 +163,15 @@ def is_inplace(name: str) -> bool:
     return (
         name == "__setitem__"
         or (name.endswith("_") and not name.endswith("__"))
-        or name.startswith("__i")
-        and name
-        not in (
-            "__index__",
-            "__int__",
-            "__invert__",
-            "__iter__",
+        or (
+            name.startswith("__i")
+            and name
+            not in (
+                "__index__",
+                "__int__",
+                "__invert__",
+                "__iter__",
+            )
         )
     )
 
@@ -180,20 +182,13 @@ def user_line() -> str:
     return f"\n  at {here[-1].filename}:{here[-1].lineno}: {here[-1].line}" if here else ""
 
 
+_LIBRARIES = ("torch", "nemo2", "optree", "megatron", "lightning", "einops")
+
+
 def _is_user_file(filename: str) -> bool:
-    parts = filename.replace("\\", "/")
-    return not any(
-        p in parts
-        for p in (
-            "/torch/",
-            "/nemo2/",
-            "/optree/",
-            "/megatron/",
-            "/lightning/",
-            "<frozen",
-            "/einops/",
-        )
-    )
+    loaded = [sys.modules[name] for name in _LIBRARIES if name in sys.modules]
+    roots = tuple(f"{path}{os.sep}" for module in loaded for path in module.__path__)
+    return not filename.startswith(("<frozen", *roots))
 
 
 def absent_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -206,22 +201,24 @@ def absent_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     first = args[0] if args else None
     if name in _VALUE_READS:
         raise PipelineError(
-            f"'{name}' reads the value of a tensor that depends on parameters of another pipeline stage{user_line()}\n"
+            f"'{name}' reads the value of a tensor that depends on parameters, and may be on"
+            f" another rank{user_line()}\n"
             "  options: compute it from the batch, move it into a block or after the last block"
         )
-    if name in _IDENTITIES and is_absent(first):
+    if name in _IDENTITIES and isinstance(first, Absent):
         return first
-    if name in _DROPOUTS and is_absent(first):
+    if name in _DROPOUTS and isinstance(first, Absent):
         return Absent(first.meta, first.home)
     if is_inplace(name) and isinstance(first, Tensor) and not is_absent(first):
         raise PipelineError(
-            f"'{name}' writes a value that lives on another pipeline stage into a real tensor{user_line()}\n"
+            f"'{name}' writes a value that lives on another pipeline stage into a real tensor"
+            f"{user_line()}\n"
             "  options: build the result out of place (torch.cat, torch.where), or inside a block"
         )
     device = next(x.home for x in _tensors((args, kwargs)) if type(x) is Absent)
     if name == "device":
         return device
-    if name == "requires_grad" and is_absent(first):
+    if name == "requires_grad" and isinstance(first, Absent):
         return first.needs_grad
     if name in ("is_cuda", "is_cpu", "is_meta"):
         return device.type == name[3:]
