@@ -163,7 +163,7 @@ class _Job:
         rtol = self.rtol or _RTOL.get(self.dtype, 1e-2)
         report = compare(parallel, alone, whole, self._loss_fn, rtol)
         if not report.loss.ok:
-            return self._explain_mean(report, parallel, alone, whole)
+            return self._explain_mean(report, parallel, model.to(home), whole)
         return report
 
     def _loss_fn(self, model: nn.Module, batch: Any) -> Any:

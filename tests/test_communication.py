@@ -1,0 +1,139 @@
+"""What a step communicates: the plan's count, the run's count and the hand count are one."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+
+import nemo2
+from examples.gpt import GPT, GPTConfig
+from nemo2.communication import collectives
+from tests.models import next_token, token_ids
+
+CFG = GPTConfig(vocab=64, width=32, heads=4, layers=3, length=16)
+BATCH, LENGTH = 4, 8  # next_token shifts 9 ids
+ACTIVATION = BATCH * LENGTH * CFG.width
+TOKENS = BATCH * LENGTH
+
+
+class Watch:
+    """Counts the collectives of torch.distributed by (name, elements)."""
+
+    NAMES = (
+        "all_reduce",
+        "all_gather_into_tensor",
+        "all_gather_single",
+        "reduce_scatter_tensor",
+        "broadcast",
+    )
+
+    def __enter__(self):
+        self.seen, self.originals = Counter(), {}
+        for name in self.NAMES:
+            original = getattr(dist, name, None)
+            if original is not None:
+                self.originals[name] = original
+                setattr(dist, name, self._counting(name, original))
+        return self.seen
+
+    def _counting(self, name, original):
+        def call(tensor, *args, **kwargs):
+            self.seen[name, tensor.numel()] += 1
+            return original(tensor, *args, **kwargs)
+
+        return call
+
+    def __exit__(self, *exc):
+        for name, original in self.originals.items():
+            setattr(dist, name, original)
+
+
+def run_tp(device):
+    torch.manual_seed(0)
+    model = nemo2.parallelize(GPT(CFG), nemo2.make_mesh(tp=2, device=device))
+    ids = token_ids(BATCH)
+    run = nemo2.value_and_grad(next_token, model)
+    _, grads = run(model.params, ids)
+    with Watch() as step:
+        run(model.params, ids)
+    with Watch() as norm:
+        nemo2.global_norm(grads, model)
+    plan = model.runner.step_plan
+    return (
+        dict(step),
+        dict(norm),
+        dict(Counter(c.direction for c in collectives(plan.trace, 2) if not c.small)),
+    )
+
+
+def test_example_on_tp_equals_the_hand_count(pool):
+    """Per block two all-reduces forward (attention and MLP output) and two backward (their
+    inputs); one forward for the embedding, one backward for the head's input. Nothing else has
+    the size of an activation: logits are never gathered.
+
+    Small: the loss all-reduces one maximum, and one stack of three numbers at most, a token;
+    the step one vector of four numbers (loss, count, dtype, ranks); the norm one number.
+    """
+    steps = pool.run(2, run_tp, pool.device)
+    for step, norm, planned in steps:
+        forward, backward = 2 * CFG.layers + 1, 2 * CFG.layers + 1
+        assert step.pop(("all_reduce", ACTIVATION)) == forward + backward
+        assert planned == {"forward": forward, "backward": backward}
+        assert step.pop(("all_reduce", 4)) == 1
+        small = {
+            n: c
+            for (name, n), c in step.items()
+            if name == "all_reduce" and TOKENS <= n <= 3 * TOKENS
+        }
+        assert sum(small.values()) == 2
+        assert len(step) == len(small), f"also communicated: {step}"
+        assert norm == {("all_reduce", 1): 1}
+
+
+def run_ddp_tp(device):
+    torch.manual_seed(0)
+    mesh = nemo2.make_mesh(dp=2, tp=2, device=device)
+    options = {"data_parallel": "ddp", "pipeline": nemo2.Pipeline(microbatches=4)}
+    model = nemo2.parallelize(GPT(CFG), mesh, **options)
+    run = nemo2.value_and_grad(next_token, model)
+    run(model.params, token_ids(BATCH))
+    with Watch() as step:
+        run(model.params, token_ids(BATCH))
+    return dict(step), sum(p.to_local().numel() for p in model.params.values())
+
+
+def test_gradients_are_reduced_once_a_step(pool):
+    for step, parameters in pool.run(4, run_ddp_tp, pool.device):
+        assert step["all_reduce", parameters] == 1
+        assert step["all_reduce", ACTIVATION // 4] == 4 * (4 * CFG.layers + 2)
+        large = {k: v for k, v in step.items() if k[1] > ACTIVATION // 4}
+        assert large == {("all_reduce", parameters): 1}
+
+
+def test_plan_lists_them():
+    plan = nemo2.plan(GPT(CFG), "tp=2,pp=2", step=next_token, batch=token_ids(BATCH))
+    text = str(plan)
+    assert "layers.*.attention.out" in text
+    assert "column-split" in text
+    assert "all-reduce" in text
+    assert "0 -> 1" in text
+    assert "all-gather" not in text
+
+
+def test_a_gather_is_shown():
+    """A column-split layer whose output is used whole costs a gather, and the plan says so."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = torch.nn.Linear(8, 16)
+            nemo2.shard(self.up.weight, "tp", dim=0)
+            nemo2.shard(self.up.bias, "tp", dim=0)
+
+        def forward(self, x):
+            return self.up(x).cumsum(-1).mean()
+
+    plan = nemo2.plan(Net(), "tp=2", step=lambda m, x: m(x), batch=torch.randn(2, 8))
+    assert "all-gather" in str(plan)
