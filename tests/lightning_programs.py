@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -103,7 +107,7 @@ class Lit(L.LightningModule):
 class Record(L.Callback):
     """Keeps the losses that the Trainer logs, step by step."""
 
-    def __init__(self, stop_before: int | None = None) -> None:
+    def __init__(self) -> None:
         self.losses: list[float] = []
         self.seen: list[dict[str, float]] = []
 
@@ -120,6 +124,7 @@ def data(batch: int, samples: int) -> DataLoader[Any]:
 
 
 def trainer(folder: str | Path, **options: Any) -> L.Trainer:
+    ignore_upstream_warnings()
     base: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
@@ -139,14 +144,16 @@ def trainer(folder: str | Path, **options: Any) -> L.Trainer:
     return L.Trainer(**(base | options))
 
 
-def quiet() -> None:
-    warnings.filterwarnings("ignore", module="lightning.*")
-    warnings.filterwarnings("ignore", message=".*torch.jit.*")
+def ignore_upstream_warnings() -> None:
+    # lightning 2.6 under torch 2.12 and later, and its advice on numbers of workers.
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
 
 
 def fit(
     folder: str | Path,
-    strategy: Callable[[], Any] | dict[str, Any] | None,
+    strategy: dict[str, Any] | None,
     *,
     batch: int = 8,
     samples: int = 80,
@@ -155,7 +162,6 @@ def fit(
     **options: Any,
 ) -> dict[str, Any]:
     """Train; return what the Trainer saw on this rank."""
-    quiet()
     torch.manual_seed(1)
     if strategy is not None:
         options |= {"strategy": nemo2.MegatronStrategy(**strategy)}
@@ -166,7 +172,10 @@ def fit(
     made.fit(module, data(batch, samples), data(batch, 16), ckpt_path=ckpt_path)
     fitted = {n: float(v) for n, v in made.callback_metrics.items()}
     (validated,) = made.validate(module, data(batch, 16), verbose=False)
+    checkpoint = made.checkpoint_callback
     return {
+        "checkpoint": getattr(checkpoint, "best_model_path", None),
+        "names": sorted(n for n, _ in module.named_parameters()),
         "losses": record.losses,
         "seen": record.seen,
         "fitted": fitted,
@@ -174,3 +183,28 @@ def fit(
         "validated": validated,
         "calls": getattr(module, "calls", None),
     }
+
+
+class Fails(Lit):
+    """Fails on rank 1 at step 3, as told by the environment variable FAIL."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_rank == 1 and self.global_step == 3:
+            if os.environ["FAIL"] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("planted")
+        return super().training_step(batch, batch_idx)
+
+
+def main(folder: str, mesh: str, devices: str) -> None:
+    """Train as a script, with the processes that a launcher or the Trainer starts."""
+    torch.set_num_threads(1)
+    build = Fails if "FAIL" in os.environ else Lit
+    strategy = json.loads(mesh) | {"pipeline": nemo2.Pipeline(microbatches=2)}
+    result = fit(folder, strategy, build=build, devices=int(devices))
+    rank = torch.distributed.get_rank()
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -19,11 +19,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, Precision
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.data import _update_dataloader
 from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from ..errors import Nemo2Error
@@ -33,6 +35,7 @@ from ..model import ParallelModel
 from ..options import Options
 from ..parallelize import parallelize
 from . import checkpoint as checkpoints
+from .data import MeshSampler, can_deal
 from .launcher import Launcher
 from .logs import EQUAL
 from .steps import (
@@ -81,7 +84,7 @@ class MegatronStrategy(ParallelStrategy):
         self.parallel: ParallelModel | None = None
         self.watchdog: Watchdog | None = None
         self._mesh: DeviceMesh | None = None
-        self._seen_by_rank_zero = False
+        self._deals_samples: bool | None = None
 
     # --- who and where
 
@@ -172,6 +175,10 @@ class MegatronStrategy(ParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
+        connector = trainer._accelerator_connector
+        if self._deals_samples is None:  # ours keep the user's order, see MeshSampler
+            self._deals_samples = connector.use_distributed_sampler
+            connector.use_distributed_sampler = False
         module = self.lightning_module
         assert module is not None
         fitting = trainer.state.fn == TrainerFn.FITTING
@@ -221,10 +228,15 @@ class MegatronStrategy(ParallelStrategy):
             self.watchdog = None
 
     def on_exception(self, exception: BaseException) -> None:
-        """Tell the other ranks, which may be waiting for this one."""
+        """Tell the other ranks, which may be waiting for this one, or say which one was lost."""
         watchdog = self.watchdog
-        if watchdog is not None and watchdog.explain(exception) is None:
+        if watchdog is None:
+            return
+        lost = watchdog.explain(exception)
+        if lost is None:
             watchdog.report(self.global_rank, watchdog.step, exception)
+        elif not isinstance(exception, Nemo2Error):  # it came from outside a step
+            exception.add_note(f"nemo2: {lost}")
 
     # --- steps
 
@@ -274,6 +286,22 @@ class MegatronStrategy(ParallelStrategy):
 
     def _clip_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
         clip_by_value(parameters_of(optimizer), float(clip_val))
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Let each dp coordinate read its own part, in the order that the user's sampler has."""
+        if not self._deals_samples or not can_deal(dataloader):
+            return dataloader
+        assert isinstance(dataloader, DataLoader)
+        assert self.lightning_module is not None
+        kwargs = self.distributed_sampler_kwargs
+        sampler = MeshSampler(dataloader.sampler, kwargs["num_replicas"], kwargs["rank"])
+        if self.lightning_module.trainer.predicting:
+            # The loader is Lightning's own already, with a wrapper that notes the indices.
+            inner = getattr(dataloader.batch_sampler, "_batch_sampler", None)
+            if inner is not None:
+                inner.sampler = sampler
+            return dataloader
+        return _update_dataloader(dataloader, sampler)
 
     # --- communication
 
