@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -10,15 +11,18 @@ import torch
 from tests.matrix import Cell, check, covering, product
 from tests.models import ZOO
 
-DESIGN = covering(product())
+ON_GPUS = os.environ.get("NEMO2_TEST_DEVICE") == "cuda"
+LARGEST = torch.cuda.device_count() if ON_GPUS else 8
+CELLS = [c for c in product() if c.world <= LARGEST]
+DESIGN = covering(CELLS)
 WORLDS = sorted({c.world for c in DESIGN})
 
 
 def test_design_covers_every_pair():
-    wanted = {p for c in product() for p in itertools.combinations(c.options, 2)}
+    wanted = {p for c in CELLS for p in itertools.combinations(c.options, 2)}
     found = {p for c in DESIGN for p in itertools.combinations(c.options, 2)}
     assert found == wanted
-    assert len(DESIGN) < len(product()) / 5
+    assert len(DESIGN) < len(CELLS) / 4
 
 
 @pytest.mark.timeout(600)
