@@ -148,6 +148,7 @@ def ignore_upstream_warnings() -> None:
     # lightning 2.6 under torch 2.12 and later, and its advice on numbers of workers.
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message="The dirpath has changed")
     warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
 
 

@@ -117,6 +117,7 @@ def resume(folder: str, strategy: dict[str, Any], devices: int) -> list[Any]:
     whole = fit(folder, strategy, samples=40, max_steps=10, **options)
     options["enable_checkpointing"] = True
     first = fit(folder, strategy, samples=40, max_steps=5, **options)
+    folder = str(Path(folder, "last"))
     last = fit(folder, strategy, samples=40, max_steps=10, ckpt_path=first["checkpoint"], **options)
     return [whole, first, last]
 
