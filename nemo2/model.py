@@ -37,6 +37,10 @@ class ParallelModel(nn.Module):
         mesh: the ``DeviceMesh``.
     """
 
+    runner: StageRunner
+    managed: list[nn.Module]
+    places: tuple[Place, ...]
+
     def __init__(
         self,
         runner: StageRunner,
