@@ -37,18 +37,21 @@ def sharded(logits: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Ten
 
 
 def compare(logits: Tensor, target: Tensor, tolerance: float, **options: Any) -> None:
-    whole = logits.detach().clone().requires_grad_()
-    expected = F.cross_entropy(whole, target, **options)
+    # The reference runs on the CPU: on CUDA torch gives 0 for some means over nothing, on CPU nan.
+    whole = logits.detach().cpu().clone().requires_grad_()
+    plain = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in options.items()}
+    expected = F.cross_entropy(whole, target.cpu(), **plain)
     got, local = sharded(logits, target, **options)
     assert got.dtype == expected.dtype
-    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+    close = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
+    torch.testing.assert_close(got.cpu(), expected, **close)
     upstream = torch.randn_like(expected)
     expected.backward(upstream)
-    got.backward(upstream)
-    assert whole.grad is not None
+    got.backward(upstream.to(got.device))
+    assert whole.grad is not None and local.grad is not None
     dim = 1 if logits.dim() > 1 else 0
     reference = whole.grad.chunk(dist.get_world_size(), dim)[dist.get_rank()]
-    torch.testing.assert_close(local.grad, reference, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(local.grad.cpu(), reference, **close)
     everyone = [torch.empty_like(got) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, got.detach())
     assert all(torch.equal(one.nan_to_num(), got.nan_to_num()) for one in everyone)
