@@ -70,7 +70,7 @@ class ParallelModel(nn.Module):
     @property
     def module(self) -> nn.Module:
         """The user's module, with this rank's parameters."""
-        return self.runner.module  # type: ignore[no-any-return]
+        return self.runner.module
 
     @property
     def params(self) -> dict[str, nn.Parameter]:
