@@ -117,10 +117,10 @@ class Record(L.Callback):
         self.seen.append(metrics)
 
 
-def data(batch: int, samples: int) -> DataLoader[Any]:
+def data(batch: int, samples: int, shuffle: bool = False) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(VOCABULARY, (samples, LENGTH + 1), generator=generator)
-    return DataLoader(TensorDataset(ids[:, :-1], ids[:, 1:]), batch_size=batch)
+    return DataLoader(TensorDataset(ids[:, :-1], ids[:, 1:]), batch_size=batch, shuffle=shuffle)
 
 
 def trainer(folder: str | Path, **options: Any) -> L.Trainer:
@@ -160,6 +160,7 @@ def fit(
     samples: int = 80,
     build: Callable[[], L.LightningModule] = Lit,
     ckpt_path: str | None = None,
+    shuffle: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Train; return what the Trainer saw on this rank."""
@@ -170,7 +171,7 @@ def fit(
     made = trainer(folder, callbacks=[record, *options.pop("callbacks", [])], **options)
     torch.manual_seed(1)
     module = build()
-    made.fit(module, data(batch, samples), data(batch, 16), ckpt_path=ckpt_path)
+    made.fit(module, data(batch, samples, shuffle), data(batch, 16), ckpt_path=ckpt_path)
     fitted = {n: float(v) for n, v in made.callback_metrics.items()}
     (validated,) = made.validate(module, data(batch, 16), verbose=False)
     checkpoint = made.checkpoint_callback

@@ -13,9 +13,10 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy
 
 import nemo2
-from tests.lightning_programs import Lit, data, fit, trainer
+from tests.lightning_programs import VOCABULARY, Lit, data, fit, trainer
 from tests.pool import Pool
 
 TWO = nemo2.Pipeline(microbatches=2)
@@ -108,6 +109,49 @@ def test_sums_are_logged_over_the_whole_batch(pool: Pool, tmp_path: Path) -> Non
     assert got[0]["losses"] == pytest.approx(want["losses"])
     for rank in got:
         assert rank["fitted"]["best"] == pytest.approx(want["fitted"]["best"])
+
+
+class Measured(Lit):
+    """Logs metric objects; the validation metric gets the split logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        options = {"num_classes": VOCABULARY, "average": "micro"}
+        self.accuracy = MulticlassAccuracy(**options)
+        self.checked = MulticlassAccuracy(**options)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss, logits = self.loss(batch)
+        self.accuracy(logits.flatten(0, 1), batch[1].flatten())
+        self.log("loss", loss)
+        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.checked.update(self.loss(batch)[1].flatten(0, 1), batch[1].flatten())
+        self.log("checked", self.checked)
+
+
+def measure(folder: str, strategy: dict[str, Any] | None, **options: Any) -> dict[str, Any]:
+    return fit(folder, strategy, build=Measured, **options)
+
+
+@pytest.mark.parametrize("mesh", [{"pp": 2, "tp": 2, "pipeline": TWO}, {"dp": 2, "tp": 2}])
+def test_logged_metric_objects(pool: Pool, tmp_path: Path, mesh: dict[str, Any]) -> None:
+    batch = 8 // mesh.get("dp", 1)
+    check(
+        pool.run(4, measure, str(tmp_path), mesh, batch=batch, devices=4),
+        measure(str(tmp_path), None),
+    )
+
+
+def shuffle(folder: str, strategy: dict[str, Any] | None, **options: Any) -> dict[str, Any]:
+    return fit(folder, strategy, shuffle=True, max_epochs=2, max_steps=20, **options)
+
+
+def test_a_shuffled_loader_gives_the_batches_of_one_device(pool: Pool, tmp_path: Path) -> None:
+    want = shuffle(str(tmp_path), None)
+    check(pool.run(2, shuffle, str(tmp_path), {"dp": 2}, batch=4, devices=2), want)
 
 
 def resume(folder: str, strategy: dict[str, Any], devices: int) -> list[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,9 +21,8 @@ from torchmetrics import Metric
 
 from ..errors import Nemo2Error
 from ..model import ParallelModel
-from ..pytree import tree_map
 from ..sharding.actions import suspended
-from ..sharding.annotate import constrain
+from .metrics import MetricName, Metrics
 
 EQUAL = "the same on every rank"
 """Passed as ``sync_dist_group``: ``MegatronStrategy.reduce`` returns such a value as it is."""
@@ -52,6 +51,7 @@ class LogCapture:
     def __init__(self, module: LightningModule, parallel: ParallelModel) -> None:
         self.module, self.parallel = module, parallel
         self.microbatches: list[list[Call]] = []
+        self.metrics = Metrics(module)
         self._planning = False
 
     # --- while the schedule runs
@@ -61,16 +61,13 @@ class LogCapture:
         """Run the user's step once; when it is only planned, nothing that it changes stays."""
         self._planning = self.parallel.runner.passage is None
         self.microbatches.append([])
-        metrics = [m for m in self.module.modules() if isinstance(m, Metric)]
         attributes = self.module.__dict__
         attributes.update(log=self._log, print=self._print)
         before = _own_state(self.module) if self._planning else {}
-        saved = [_quiet(m, self._planning) for m in metrics]
         try:
-            yield
+            with self.metrics.quiet(self._planning):
+                yield
         finally:
-            for metric, own in zip(metrics, saved, strict=True):
-                _restore(metric, own)
             if self._planning:
                 self.microbatches.pop()
                 _put_back(self.module, before)
@@ -84,7 +81,7 @@ class LogCapture:
         name, value = options.pop("name"), options.pop("value")
         with suspended():
             if isinstance(value, Metric):
-                self._check_metric(name)
+                value = self._named(name, value)
             elif not isinstance(value, (Tensor, int, float)) or (
                 isinstance(value, Tensor) and value.numel() != 1
             ):
@@ -99,13 +96,14 @@ class LogCapture:
                 value = value.detach().clone()
             self.microbatches[-1].append(Call(name, value, dtype, options))
 
-    def _check_metric(self, name: str) -> None:
-        if len(self.parallel.plan.stages) > 1:
+    def _named(self, name: str, metric: Metric) -> MetricName:
+        found = self.metrics.name_of(metric)
+        if found is None:
             raise Nemo2Error(
-                f"self.log('{name}', <torchmetrics.Metric>) with pp > 1 is not built yet: the "
-                "metric's state is on the last stage only\n"
-                "  options: log the value of this batch, self.log(name, metric(...))"
+                f"self.log('{name}', <metric>): the metric is no attribute of the module\n"
+                "  options: self.metric = ... in __init__ | log its value"
             )
+        return found
 
     def _print(self, *args: Any, **kwargs: Any) -> None:
         if not self._planning:
@@ -128,14 +126,16 @@ class LogCapture:
         if self.parallel.runner.last and groups.dp_cp.size() > 1:
             gathered: list[Any] = [None] * groups.dp_cp.size()
             dist.all_gather_object(gathered, runs, group=groups.dp_cp)
-            metrics = {c.name: c.value for r in runs for c in r if isinstance(c.value, Metric)}
-            runs = [_own_metrics(r, metrics) for part in gathered for r in part]
+            runs = [run for part in gathered for run in part]
+        self.metrics.share(self.parallel)
         for call in self.parallel.from_last_stage(_combine(runs)):
             if call.name is None:
                 self.module.print(call.value)
                 continue
             value = call.value
-            if not isinstance(value, Metric):
+            if isinstance(value, MetricName):
+                value = self.metrics.by_name[value.name]
+            else:
                 value = torch.tensor(value, dtype=call.dtype, device=groups.device)
             options = call.options | {"sync_dist": True, "sync_dist_group": EQUAL}
             self.module.log(call.name, value, **options)
@@ -146,11 +146,6 @@ def _numbers(calls: list[Call]) -> list[Call]:
     tensors = [c.value.double().reshape(()) for c in calls if isinstance(c.value, Tensor)]
     numbers = iter(torch.stack(tensors).tolist() if tensors else [])
     return [replace(c, value=next(numbers)) if isinstance(c.value, Tensor) else c for c in calls]
-
-
-def _own_metrics(calls: list[Call], own: Mapping[str | None, Metric]) -> list[Call]:
-    """Put this rank's metrics in the place of the copies that came from others."""
-    return [replace(c, value=own.get(c.name)) if isinstance(c.value, Metric) else c for c in calls]
 
 
 def _combine(runs: list[list[Call]]) -> list[Call]:
@@ -177,7 +172,7 @@ def _combine_same(calls: list[Call]) -> Call:
     weights = [float(s) if s else 1.0 for s in sizes]
     if all(sizes):
         options["batch_size"] = round(sum(weights))
-    if isinstance(first.value, Metric):
+    if isinstance(first.value, MetricName):
         return replace(first, options=options)
     values = torch.tensor([c.value for c in calls], dtype=torch.float64)
     how = options.get("reduce_fx", "mean")
@@ -217,32 +212,3 @@ def _put_back(module: LightningModule, before: Mapping[str, tuple[Any, Any]]) ->
             continue
         value.clear()
         value.extend(copied) if isinstance(value, list) else value.update(copied)
-
-
-_METRIC_CALLS = ("forward", "update", "compute")
-
-
-def _quiet(metric: Metric, planning: bool) -> dict[str, Any]:
-    """Keep a metric's own computation out of the planned one; skip it when planning."""
-    own = {name: metric.__dict__.get(name) for name in _METRIC_CALLS}
-    for name in _METRIC_CALLS:
-        original = getattr(metric, name)
-
-        def call(*args: Any, _original: Callable[..., Any] = original, **kwargs: Any) -> Any:
-            args, kwargs = tree_map(
-                lambda x: constrain(x, None) if isinstance(x, Tensor) else x, (args, kwargs)
-            )
-            with suspended():
-                return torch.zeros(()) if planning else _original(*args, **kwargs)
-
-        metric.__dict__[name] = call
-    return own
-
-
-def _restore(metric: Metric, own: Mapping[str, Any]) -> None:
-    for name, value in own.items():
-        if value is None:
-            with suppress(KeyError):
-                del metric.__dict__[name]
-        else:
-            metric.__dict__[name] = value

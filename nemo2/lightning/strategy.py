@@ -54,8 +54,9 @@ class MegatronStrategy(ParallelStrategy):
     submodules (``shard``, ``annotate``) say how. ``training_step`` runs once for each
     microbatch, and may return a loss, a dict with ``"loss"``, or ``(sum, count)``; only the
     loss, as its global value, goes on to callbacks. What ``self.log`` logs in a step is
-    combined over microbatches and ``dp``, so it is the same on every rank. Code after the
-    model's call runs on the last stage only.
+    combined over microbatches and ``dp``, so it is the same on every rank (of a logged
+    torchmetrics metric only the epoch's value). Code after the model's call runs on the last
+    stage only. Data is read in the order of the user's sampler, dealt out over ``dp``.
 
     Args:
         dp: data-parallel degree; one of the four may be -1, what is left of the devices.
@@ -148,7 +149,7 @@ class MegatronStrategy(ParallelStrategy):
         if environment is not None:
             environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             environment.set_world_size(self.num_nodes * self.num_processes)
-        utilities_rank_zero_only.rank = self.global_rank
+        setattr(utilities_rank_zero_only, "rank", self.global_rank)  # noqa: B010
 
     def setup_environment(self) -> None:
         super().setup_environment()
