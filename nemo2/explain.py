@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from math import prod
 
-from .communication import Collective, boundary_bytes, collectives
+from .communication import boundary_bytes, collectives
 from .model import ParallelModel
 from .plan import ParamPlan, Plan, StepPlan
 
@@ -27,7 +27,8 @@ def tables(plan: Plan) -> str:
     """Return ``plan`` as text tables; a table row stands for all blocks that are alike."""
     options = plan.options
     head = (
-        f"mesh {plan.sizes} ({plan.sizes.world} ranks), data_parallel={options.data_parallel.kind}, "
+        f"mesh {plan.sizes} ({plan.sizes.world} ranks), "
+        f"data_parallel={options.data_parallel.kind}, "
         f"microbatches={options.pipeline.microbatches}, schedule={options.pipeline.schedule}"
     )
     parts = [
@@ -153,7 +154,10 @@ def _boundaries(plan: Plan, step: StepPlan) -> str:
         rows,
     )
     for name, stages in step.borrowed.items():
-        text += f"\n  '{name}' is used on stage {', '.join(map(str, stages))} and lent there each step: register its module where it is used to save that"
+        text += (
+            f"\n  '{name}' is used on stage {', '.join(map(str, stages))} and lent there each step:"
+            " register its module where it is used to save that"
+        )
     return text
 
 
@@ -162,7 +166,7 @@ def _collectives(plan: Plan, step: StepPlan) -> str:
         (_family(c.module) or "(step)", c.call, c.direction, c.kind, c.shape, c.dtype, c.nbytes)
         for c in collectives(step.trace, plan.sizes.tp)
     )
-    rows = [
+    rows: list[tuple[object, ...]] = [
         ("tp", module, call, direction, kind, count, shape, f"{nbytes * count:,}")
         for (module, call, direction, kind, shape, _, nbytes), count in counted.items()
     ]

@@ -104,9 +104,7 @@ def _check(model: ParallelModel, params: Mapping[str, Tensor]) -> None:
     problems += [f"not parameters of this rank: {extra}"] if extra else []
     for name in wanted.keys() & params.keys():
         own, given = wanted[name], params[name]
-        if tuple(own.shape) != tuple(given.shape) or own.placements != getattr(
-            given, "placements", None
-        ):  # type: ignore[attr-defined]
+        if _layout(own) != _layout(given):
             problems.append(f"'{name}': shape or placements differ from model.params['{name}']")
     if problems:
         raise Nemo2Error(
@@ -114,3 +112,7 @@ def _check(model: ParallelModel, params: Mapping[str, Tensor]) -> None:
             + "\n".join(f"  {p}" for p in problems)
             + "\n  options: pass model.params, or a tree of the same names and placements"
         )
+
+
+def _layout(x: Tensor) -> tuple[tuple[int, ...], Any]:
+    return tuple(x.shape), getattr(x, "placements", None)

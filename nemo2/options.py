@@ -137,7 +137,8 @@ def _not_built(
         )
     if dp.kind == "zero1":
         problems.append(
-            "data_parallel='zero1' is not built yet; 'fsdp' also splits the optimizer state, 'ddp' keeps all"
+            "data_parallel='zero1' is not built yet; 'fsdp' also splits the optimizer state,"
+            " 'ddp' keeps all"
         )
     if dp.replicate != 1:
         problems.append(f"DataParallel(replicate={dp.replicate}) is not built yet; use replicate=1")
@@ -147,7 +148,7 @@ def _not_built(
         )
     if pipeline.schedule == "interleaved" or pipeline.virtual_stages != 1:
         problems.append(
-            f"Pipeline(schedule={pipeline.schedule!r}, virtual_stages={pipeline.virtual_stages}) is not built yet; "
-            "use schedule='1f1b', virtual_stages=1"
+            f"Pipeline(schedule={pipeline.schedule!r}, virtual_stages={pipeline.virtual_stages})"
+            " is not built yet; use schedule='1f1b', virtual_stages=1"
         )
     return problems

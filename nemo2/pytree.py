@@ -64,7 +64,7 @@ def _register(cls: type) -> None:
         flatten, unflatten = _flatten_mapping, _unflatten_mapping(cls)
     else:
         flatten, unflatten = _flatten_dataclass, _unflatten_dataclass
-    optree.register_pytree_node(cls, flatten, unflatten, namespace=NAMESPACE)  # type: ignore[arg-type]
+    optree.register_pytree_node(cls, flatten, unflatten, namespace=NAMESPACE)
 
 
 def _flatten_mapping(x: Any) -> tuple[tuple[Any, ...], Any, tuple[Hashable, ...]]:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
 from torch.overrides import TorchFunctionMode
 
 from .errors import Nemo2Error
@@ -84,7 +85,8 @@ class Report:
             lines.append(f"  {r.name:{width}}  {r.size:12.6g}  {error}  {r.bound:10.2e}{mark}")
         if len(bad) > len(shown):
             lines.append(f"  ... and {len(bad) - len(shown)} more")
-        counts = f"  {len(self.gradients)} gradients and {len(self.weights)} weights after AdamW compared"
+        sizes = f"{len(self.gradients)} gradients and {len(self.weights)} weights"
+        counts = f"  {sizes} after AdamW compared"
         return "\n".join([*lines, counts, *([f"  note: {self.note}"] if self.note else [])])
 
 
@@ -186,8 +188,9 @@ class _Job:
         if min(abs(g - mean) for g in got) > report.rtol * max(abs(mean), 1.0):
             return report
         note = (
-            f"the loss is the mean of {len(parts)} parts' means ({mean:.9g}), and the parts weigh unequal counts; "
-            "return (sum, count) from loss_fn for the exact mean over the global batch"
+            f"the loss is the mean of {len(parts)} parts' means ({mean:.9g}),"
+            " and the parts weigh unequal counts;"
+            " return (sum, count) from loss_fn for the exact mean over the global batch"
         )
         return Report(**{**report.__dict__, "note": note})
 
@@ -285,13 +288,10 @@ def _error(value: Tensor, reference: Tensor, entry: Entry, parallel: ParallelMod
     for placement, group in zip(
         entry.placements, (parallel.groups.tp, parallel.groups.dp_cp), strict=True
     ):
-        if placement.is_shard():
-            pieces = part.chunk(group.size(), placement.dim)  # type: ignore[attr-defined]
-            part = (
-                pieces[group.rank()]
-                if group.rank() < len(pieces)
-                else part.narrow(placement.dim, 0, 0)
-            )  # type: ignore[attr-defined]
+        if isinstance(placement, Shard):
+            pieces = part.chunk(group.size(), placement.dim)
+            here = group.rank() < len(pieces)
+            part = pieces[group.rank()] if here else part.narrow(placement.dim, 0, 0)
     local = local_of(value)
     if local.shape != part.shape:
         return math.inf
@@ -313,18 +313,20 @@ def _worst_of_all_ranks(
 
 def _spawn(job: _Job, sizes: MeshSizes) -> Report:
     """Run the job in new processes, one for each rank."""
-    import torch.multiprocessing as multiprocessing
+    from torch.multiprocessing.spawn import spawn
 
     try:
         text = pickle.dumps((job, sizes))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise Nemo2Error(
             f"verify starts {sizes.world} processes and cannot send them its arguments: {error}\n"
-            "  options: define build and loss_fn at the top level of a module | call verify under torchrun"
+            "  options: define build and loss_fn at the top level of a module"
+            " | call verify under torchrun"
         ) from error
     with tempfile.TemporaryDirectory() as folder:
         result = os.path.join(folder, "report")
-        multiprocessing.spawn(_worker, (sizes.world, text, folder, result), nprocs=sizes.world)
+        start: Any = spawn  # untyped upstream
+        start(_worker, (sizes.world, text, folder, result), nprocs=sizes.world)
         with open(result, "rb") as file:
             report: Report = pickle.load(file)
     return report
@@ -337,8 +339,8 @@ def _worker(rank: int, world: int, text: bytes, folder: str, result: str) -> Non
     if job.device == "cuda":
         torch.cuda.set_device(rank)
     backend = "cpu:gloo,cuda:nccl" if job.device == "cuda" else "gloo"
-    store = dist.FileStore(os.path.join(folder, "store"), world)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    store = f"file://{os.path.join(folder, 'store')}"
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=world)
     report = job.run(_mesh_of(sizes, job.device))
     if rank == 0:
         with open(result, "wb") as file:

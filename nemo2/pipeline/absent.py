@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ class Absent(Tensor):
 
     @staticmethod
     def __new__(cls, meta: Tensor, device: torch.device) -> Absent:
-        out: Absent = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        out: Absent = torch.Tensor._make_wrapper_subclass(
             cls,
             meta.shape,
             strides=meta.stride(),
@@ -111,7 +111,8 @@ class Absent(Tensor):
         """Let ``value`` stand for this tensor from now on."""
         self.bound = value
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    # mypy drops the names of arguments of dunder methods, and then misses this keyword.
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Absent(shape={tuple(self.meta.shape)}, dtype={self.meta.dtype})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Absent:
@@ -135,13 +136,15 @@ class Absent(Tensor):
         return absent_call(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise PipelineError(
             f"{func} needs the value of a tensor that lives on another stage{user_line()}"
         )
 
 
-def is_absent(x: Any) -> bool:
+def is_absent(x: Any) -> TypeGuard[Absent]:
     return type(x) is Absent
 
 

@@ -91,19 +91,16 @@ def run_schedule(
     quiet = _Quiet(None if forward_only else no_sync)
     config = _config(megatron, pp_size, incoming, quiet)
     stage = Stage(program, device, pp_rank, incoming, outgoing, forward_only)
-    communicator = None
     if pp_size > 1:
         assert pp_group is not None
         assert (pp_group.rank(), pp_group.size()) == (pp_rank, pp_size)
-        communicator = megatron.communicator(pp_group, config)
-        communicator.stage = stage
     return _execute(
         getattr(megatron.schedules, SCHEDULES[schedule] if pp_size > 1 else _ONE_STAGE),
         stage,
         quiet,
         model=_Chunk(config, megatron.model_type),
         num_microbatches=microbatches,
-        p2p_communicator=communicator,
+        p2p_communicator=_communicator(megatron, pp_group if pp_size > 1 else None, config, stage),
         pg_collection=_collection(megatron, pp_group, groups or Groups()),
     )
 
@@ -277,6 +274,16 @@ def _config(megatron: _Megatron, pp_size: int, incoming: Boundary | None, quiet:
     config.hidden_size = 1
     config.fine_grained_activation_offloading = False
     return config
+
+
+def _communicator(
+    megatron: _Megatron, pp_group: ProcessGroup | None, config: Any, stage: Stage
+) -> Any:
+    if pp_group is None:
+        return None
+    communicator = megatron.communicator(pp_group, config)
+    communicator.stage = stage
+    return communicator
 
 
 def _collection(megatron: _Megatron, pp_group: ProcessGroup | None, groups: Groups) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import optree
@@ -33,22 +34,24 @@ def plan_batch(batch: Any, microbatches: int) -> BatchPlan:
     sized = [(n, x) for n, x in zip(names, leaves, strict=True) if isinstance(x, Tensor) and x.ndim]
     if not sized:
         raise PipelineError(
-            f"cannot split this batch into {microbatches} microbatches: it holds no tensor with a batch dim\n"
+            f"cannot split this batch into {microbatches} microbatches:"
+            " it holds no tensor with a batch dim\n"
             "  options: Pipeline(microbatches=1) | put tensors into the batch"
         )
     counts = Counter(x.shape[0] for _, x in sized).most_common()
     if len(counts) > 1 and counts[0][1] == counts[1][1]:
         shown = ", ".join(f"{n}: {tuple(x.shape)}" for n, x in sized)
         raise PipelineError(
-            f"cannot tell the batch dim: first dims {counts[0][0]} and {counts[1][0]} are equally frequent ({shown})\n"
+            f"cannot tell the batch dim: first dims {counts[0][0]} and {counts[1][0]}"
+            f" are equally frequent ({shown})\n"
             "  options: give every tensor its batch dim | keep tensors without one out of the batch"
         )
     size = counts[0][0]
     if size % microbatches or size == 0:
         fits = [n for n in range(1, size + 1) if size % n == 0]
         raise PipelineError(
-            f"cannot split a batch of {size} samples into {microbatches} microbatches: {size} % {microbatches} = "
-            f"{size % microbatches}\n  options: microbatches in {fits}"
+            f"cannot split a batch of {size} samples into {microbatches} microbatches:"
+            f" {size} % {microbatches} = {size % microbatches}\n  options: microbatches in {fits}"
         )
     split = tuple(n for n, x in sized if x.shape[0] == size)
     return BatchPlan(size, split, tuple(n for n, x in sized if x.shape[0] != size))
@@ -61,15 +64,12 @@ def split_batch(batch: Any, microbatches: int) -> list[Any]:
     size = plan_batch(batch, microbatches).size
     part = size // microbatches
 
-    def cut(x: Any, i: int) -> Any:
+    def cut(i: int, x: Any) -> Any:
         if isinstance(x, Tensor) and x.ndim and x.shape[0] == size:
             return x[i * part : (i + 1) * part]
         return x
 
-    return [
-        tree_map(lambda x, i=i: cut(x, i), batch)  # type: ignore[misc]
-        for i in range(microbatches)
-    ]
+    return [tree_map(partial(cut, i), batch) for i in range(microbatches)]
 
 
 def first_microbatch(batch: Any, microbatches: int) -> Any:

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _len_torch_function_stack
+from torch._C import _len_torch_function_stack
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import PipelineError
@@ -107,7 +109,8 @@ class StageRunner(nn.Module):
         def hook(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
             passage = self.passage
             if passage is None:  # recomputation, or planning
-                return resolve((args, kwargs))  # type: ignore[no-any-return]
+                args, kwargs = resolve((args, kwargs))
+                return args, kwargs
             if index == self.stage.first:
                 self._bind(passage, block)
             if passage.mode is not None:  # the step's script does not count what blocks do
@@ -131,8 +134,9 @@ class StageRunner(nn.Module):
             return
         if block.training and torch.is_grad_enabled() is False and self._expects_grad:
             raise PipelineError(
-                "the first block of this stage runs without gradients while training: a reentrant activation "
-                "checkpoint around it would lose the gradients of earlier stages\n"
+                "the first block of this stage runs without gradients while training:"
+                " a reentrant activation checkpoint"
+                " around it would lose the gradients of earlier stages\n"
                 "  options: checkpoint(..., use_reentrant=False)"
             )
         for crossing, value in zip(self.incoming_values, passage.received, strict=True):
@@ -204,12 +208,12 @@ class StageRunner(nn.Module):
         self._uninstall()
         self.step_plan = step_plan
         for name, action in step_plan.programs.installed.items():
-            self._install(name, lambda m, f, a=action: plain_forward(m, f, a, self.axis))  # type: ignore[misc]
+            self._install(name, partial(plain_forward, action=action, axis=self.axis))
         for name, script in step_plan.programs.scripts.items():
             if name:
-                self._install(name, lambda m, f, s=script: self._emulated(f, s))  # type: ignore[misc]
+                self._install(name, partial(self._emulated, script=script))
         for name in step_plan.programs.quiet:
-            self._install(name, lambda m, f: quiet_forward(f))
+            self._install(name, quiet_forward)
         for module_name in {c.key[1] for b in step_plan.boundaries for c in b if c.key[0] == "out"}:
             module = self.module.get_submodule(module_name)
             self._handles.append(module.register_forward_hook(self._capturing(module_name)))
@@ -231,7 +235,8 @@ class StageRunner(nn.Module):
         forwards = [(block, block.__dict__.pop("forward")) for block, _ in self._absent_blocks]
         hooks = [(m, dict(m._forward_pre_hooks), dict(m._forward_hooks)) for m in managed]
         for module in managed:
-            state = module._get_fsdp_state()  # type: ignore[operator]
+            fsdp: Any = module
+            state = fsdp._get_fsdp_state()
             module._forward_pre_hooks.pop(state._pre_forward_hook_handle.id, None)
             module._forward_hooks.pop(state._post_forward_hook_handle.id, None)
         try:
@@ -258,7 +263,9 @@ class StageRunner(nn.Module):
         self._installed.append((module, module.__dict__.get("forward")))
         module.__dict__["forward"] = make(module, module.forward)
 
-    def _emulated(self, original: Callable[..., Any], script: Script) -> Callable[..., Any]:
+    def _emulated(
+        self, module: nn.Module, original: Callable[..., Any], script: Script
+    ) -> Callable[..., Any]:
         """Return a forward that runs the module's own code under ``Emulate``."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -341,7 +348,7 @@ def _modes_restored() -> Iterator[None]:
         resume(before)
 
 
-def quiet_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+def quiet_forward(module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
     """Return a forward that its caller's script does not count."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -64,14 +64,15 @@ def block_names(model: nn.Module, lists: Sequence[str], pp: int) -> tuple[str, .
 def split_blocks(
     blocks: int, pp: int, layers_per_stage: Sequence[int] | None
 ) -> tuple[StagePlan, ...]:
-    """Spread ``blocks`` blocks over ``pp`` stages; what does not divide goes to middle stages first."""
+    """Spread blocks over ``pp`` stages; what does not divide goes to middle stages first."""
     if pp == 1:
         return (StagePlan(0, 0, blocks - 1),)
     if layers_per_stage is not None:
         counts = list(layers_per_stage)
         if len(counts) != pp or sum(counts) != blocks or any(c < 1 for c in counts):
             raise PipelineError(
-                f"layers_per_stage={tuple(layers_per_stage)} does not fit {blocks} blocks on pp={pp} stages\n"
+                f"layers_per_stage={tuple(layers_per_stage)} does not fit"
+                f" {blocks} blocks on pp={pp} stages\n"
                 f"  it needs {pp} numbers >= 1 whose sum is {blocks}"
             )
     else:

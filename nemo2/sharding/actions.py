@@ -16,11 +16,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _len_torch_function_stack, _pop_mode, _push_mode
+from torch._C import (
+    _len_torch_function_stack,
+    _pop_torch_function_stack,
+    _push_on_torch_function_stack,
+)
+from torch.overrides import TorchFunctionMode
 
 from ..errors import Nemo2Error
-from ..pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..pipeline.absent import is_absent, name_of, user_line
+from ..pytree import tree_flatten, tree_leaves, tree_unflatten
 from . import collectives
 from .collectives import Axis
 from .cross_entropy import cross_entropy
@@ -31,8 +36,8 @@ class Fix:
     """Bring one operand to the layout that the call needs.
 
     ``steps`` are ``("gather", dim)``, ``("split", dim)``, ``("vary", None)``,
-    ``("select", (dim, ratio))`` or ``("repeat", (dim, ratio))``, applied in order to the leaves ``leaves`` of the flattened
-    ``(args, kwargs)``.
+    ``("select", (dim, ratio))`` or ``("repeat", (dim, ratio))``, applied in order to the
+    leaves ``leaves`` of the flattened ``(args, kwargs)``.
     """
 
     leaves: tuple[int, ...]
@@ -65,7 +70,8 @@ def apply_steps(x: Tensor, steps: tuple[tuple[str, Any], ...], axis: Axis) -> Te
         elif step == "repeat":
             x = x.repeat_interleave(arg[1], dim=arg[0])
         elif step == "select":
-            x = _select_heads(collectives.vary(x, axis), *arg, axis)
+            dim, ratio = arg
+            x = _select_heads(collectives.vary(x, axis), dim, ratio, axis)
         else:
             raise AssertionError(step)
     return x
@@ -81,7 +87,8 @@ def vary_once(x: Tensor, axis: Axis) -> Tensor:
         return x
     seen = axis.varied
     if seen and seen[0] is x and seen[2] == x._version:
-        return seen[1]  # type: ignore[no-any-return]
+        known: Tensor = seen[1]
+        return known
     out = collectives.vary(x, axis)
     seen[:] = [x, out, x._version]
     return out
@@ -273,10 +280,7 @@ class Emulate(Watcher):
         if number >= len(self.script.calls) or self.script.calls[number] != name_of(func):
             raise self._other_path(number, name_of(func))
         action = self.script.actions.get(number)
-        if action is None:
-            out = func(*args, **kwargs)
-        else:
-            out = self._act(action, func, args, kwargs)
+        out = func(*args, **kwargs) if action is None else self._act(action, func, args, kwargs)
         keys = self.script.captures.get(number)
         if keys is not None and self.capture is not None:
             for leaf, key in keys:
@@ -288,8 +292,9 @@ class Emulate(Watcher):
         planned = f"'{calls[number]}'" if number < len(calls) else "none"
         where = f"the forward of '{self.script.module}'" if self.script.module else "the step"
         return Nemo2Error(
-            f"{where} took another path than when it was planned: torch call {number} was {planned}, "
-            f"now it is '{name}'{user_line()}\n  options: make the path depend only on shapes and on train/eval"
+            f"{where} took another path than when it was planned:"
+            f" torch call {number} was {planned}, now it is '{name}'{user_line()}\n"
+            "  options: make the path depend only on shapes and on train/eval"
         )
 
     def _act(self, action: Action, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -314,17 +319,17 @@ def pause() -> list[TorchFunctionMode]:
     """Take our modes off the stack; returns the stack as it was, for ``resume``."""
     before: list[TorchFunctionMode] = []
     while _len_torch_function_stack():
-        before.append(_pop_mode())
+        before.append(_pop_torch_function_stack())
     before.reverse()
     for mode in before:
         if not isinstance(mode, Watcher):
-            _push_mode(mode)
+            _push_on_torch_function_stack(mode)
     return before
 
 
 def resume(before: list[TorchFunctionMode]) -> None:
     """Put back what ``pause`` took off."""
     while _len_torch_function_stack():
-        _pop_mode()
+        _pop_torch_function_stack()
     for mode in before:
-        _push_mode(mode)
+        _push_on_torch_function_stack(mode)

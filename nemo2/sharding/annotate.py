@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import fnmatch
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import handle_torch_function, has_torch_function_unary
@@ -44,8 +43,9 @@ class Mark:
 
 
 # Parameter -> its marks and the modules that registered it; entries die with the Parameter.
-_marks: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_marks: MutableMapping[Tensor, tuple[Mark, ...]] = WeakIdKeyDictionary()
+_Owner = tuple[weakref.ref[nn.Module], str]
+_owners: MutableMapping[Tensor, list[_Owner]] = WeakIdKeyDictionary()
 
 
 def _write(module: nn.Module, name: str, marks: tuple[Mark, ...]) -> None:
@@ -60,7 +60,7 @@ def _on_registration(module: nn.Module, name: str, param: nn.Parameter | None) -
         _write(module, name, _marks[param])
 
 
-register_module_parameter_registration_hook(_on_registration)  # type: ignore[arg-type]
+register_module_parameter_registration_hook(_on_registration)
 
 
 def shard(
@@ -91,10 +91,11 @@ def shard(
     True
     """
     if isinstance(target, nn.Module):
-        return _shard_blocks(target, axis)  # type: ignore[return-value]
+        return _shard_blocks(target, axis)
     if not isinstance(target, Tensor):
         raise ShardingError(
-            f"cannot shard a {type(target).__name__}: pass a parameter, a tensor or a list of blocks"
+            f"cannot shard a {type(target).__name__}:"
+            " pass a parameter, a tensor or a list of blocks"
         )
     mark = _checked(_describe(target), tuple(target.shape), axis, dim, parts)
     if isinstance(target, nn.Parameter):
@@ -102,15 +103,17 @@ def shard(
         return target
     if axis not in ("tp", None):
         raise ShardingError(
-            f'shard(activation, "{axis}"): activations can be laid out over "tp" or None (replicated)'
+            f'shard(activation, "{axis}"):'
+            ' activations can be laid out over "tp" or None (replicated)'
         )
-    return constrain(target, mark.dim)  # type: ignore[return-value]
+    return constrain(target, mark.dim)
 
 
 def constrain(x: Tensor, dim: int | None) -> Tensor:
     """Mark the point where an activation takes a layout; the identity outside a run."""
     if has_torch_function_unary(x):
-        return handle_torch_function(constrain, (x,), x, dim)  # type: ignore[no-any-return]
+        out: Tensor = handle_torch_function(constrain, (x,), x, dim)
+        return out
     return x
 
 
@@ -127,11 +130,13 @@ def add_mark(param: nn.Parameter, mark: Mark) -> None:
 def _shard_blocks(module: nn.Module, axis: str | None) -> nn.Module:
     if axis != "pp":
         raise ShardingError(
-            f'shard(module, {axis!r}): a module can only be split over "pp"; shard its parameters instead'
+            f'shard(module, {axis!r}): a module can only be split over "pp";'
+            " shard its parameters instead"
         )
     if not isinstance(module, (nn.ModuleList, nn.Sequential)):
         raise ShardingError(
-            f'shard(module, "pp") takes a ModuleList or Sequential of blocks, got {type(module).__name__}\n'
+            'shard(module, "pp") takes a ModuleList or Sequential of blocks,'
+            f" got {type(module).__name__}\n"
             "  options: put the blocks into an nn.ModuleList and shard that"
         )
     module.__dict__[_BLOCKS] = True
@@ -218,12 +223,11 @@ def annotate(model: nn.Module, rules: Mapping[str, Rule] | None = None) -> nn.Mo
     blocks: list[nn.Module] = []
     for pattern, rule in rules.items():
         for one in rule if isinstance(rule, list) else [rule]:
-            names = _match(pattern, modules if one == "pp" else params)
+            targets: Mapping[str, Any] = modules if one == "pp" else params
+            names = _match(pattern, targets)
             if not names:
                 kind = "module" if one == "pp" else "parameter"
-                problems.append(
-                    f"rule {pattern!r} matches no {kind}{_nearest(pattern, modules if one == 'pp' else params)}"
-                )
+                problems.append(f"rule {pattern!r} matches no {kind}{_nearest(pattern, targets)}")
             for name in names:
                 if one == "pp":
                     blocks.append(modules[name])
@@ -261,7 +265,8 @@ def _one_rule(
     earlier = found.setdefault((id(param), str(axis)), (pattern, name, mark))
     if earlier[2] != mark:
         return [
-            f"rules {earlier[0]!r} and {pattern!r} disagree on '{name}': ({earlier[2]}) and ({mark})"
+            f"rules {earlier[0]!r} and {pattern!r} disagree on '{name}':"
+            f" ({earlier[2]}) and ({mark})"
         ]
     return []
 

@@ -102,13 +102,18 @@ class _Take(torch.autograd.Function):
         return all_gather(grad, ctx.dim, ctx.axis), None, None
 
 
+def _apply(function: Any, *args: Any) -> Tensor:
+    out: Tensor = function.apply(*args)
+    return out
+
+
 def vary(x: Tensor, axis: Axis) -> Tensor:
     """Let a replicated tensor enter a computation that differs over ``axis``.
 
     Communication: forward none; backward one all-reduce of ``x``'s size over ``axis``.
     Source: Megatron-LM's ``f``, arXiv 1909.08053, section 3.
     """
-    return _Vary.apply(x, axis) if x.requires_grad else x  # type: ignore[no-untyped-call, no-any-return]
+    return _apply(_Vary, x, axis) if x.requires_grad else x
 
 
 def reduce(x: Tensor, axis: Axis) -> Tensor:
@@ -117,7 +122,7 @@ def reduce(x: Tensor, axis: Axis) -> Tensor:
     Communication: forward one all-reduce of ``x``'s size over ``axis``; backward none.
     Source: Megatron-LM's ``g``, arXiv 1909.08053, section 3.
     """
-    return _Reduce.apply(x, axis)  # type: ignore[no-untyped-call, no-any-return]
+    return _apply(_Reduce, x, axis)
 
 
 def gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
@@ -125,7 +130,7 @@ def gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
 
     Communication: forward one all-gather over ``axis``; backward none (a slice).
     """
-    return _Gather.apply(x, dim, axis)  # type: ignore[no-untyped-call, no-any-return]
+    return _apply(_Gather, x, dim, axis)
 
 
 def split(x: Tensor, dim: int, axis: Axis) -> Tensor:
@@ -135,4 +140,4 @@ def split(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """
     if not x.requires_grad:
         return take(x, dim, axis)
-    return _Take.apply(x, dim, axis)  # type: ignore[no-untyped-call, no-any-return]
+    return _apply(_Take, x, dim, axis)

@@ -77,10 +77,7 @@ def cross_entropy(
     """
     classes = _Classes(group, rank, degree, vocab_size, dim=1 if logits.dim() > 1 else 0)
     _check(logits, target, classes, weight)
-    if reduction not in ("mean", "sum", "none"):
-        raise ShardingError(f"reduction={reduction!r}; use 'mean', 'sum' or 'none'")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ShardingError(f"label_smoothing={label_smoothing} is not between 0 and 1")
+    _check_options(reduction, label_smoothing)
     valid = target != ignore_index
     inside = (target >= 0) & (target < vocab_size)
     torch._assert_async(  # a plain assert would wait for the GPU
@@ -180,6 +177,13 @@ def _smooth_weight(
     shape = [1] * like.dim()
     shape[classes.dim] = classes.count
     return scaled.narrow(0, classes.start, classes.count).reshape(shape), scaled.sum()
+
+
+def _check_options(reduction: str, label_smoothing: float) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ShardingError(f"reduction={reduction!r}; use 'mean', 'sum' or 'none'")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ShardingError(f"label_smoothing={label_smoothing} is not between 0 and 1")
 
 
 def _check(logits: Tensor, target: Tensor, classes: _Classes, weight: Tensor | None) -> None:

@@ -47,7 +47,7 @@ def all_reduce_together(tensors: Iterable[Tensor], group: ProcessGroup) -> None:
             continue
         flat = torch.cat([x.reshape(-1) for x in same])
         dist.all_reduce(flat, group=group)
-        for x, part in zip(same, flat.split([x.numel() for x in same]), strict=True):
+        for x, part in zip(same, torch.split(flat, [x.numel() for x in same]), strict=True):
             x.copy_(part.view_as(x))
 
 

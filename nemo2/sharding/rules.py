@@ -137,7 +137,7 @@ def _pointwise_rule(call: Call, out: Any) -> Outcome:
     target = None if owner.dim is None else owner.dim + ndim - owner.ndim
     for op in call.operands:
         want = None if target is None else target - (ndim - op.ndim)
-        if want is None or want < 0 or op.meta.shape[want] != shape[target]:  # type: ignore[index]
+        if target is None or want is None or want < 0 or op.meta.shape[want] != shape[target]:
             op.gather()
         elif op.dim != want:
             op.split(want)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import ShardingError
 from ..trace import Activation, Trace
@@ -85,15 +86,15 @@ def _merge(module: str, actions: set[Action | None]) -> Action | None:
 
 def _script(activation: Activation, captured: set[tuple[object, ...]]) -> Script:
     actions: dict[int, Action] = {}
-    captures: dict[int, tuple[tuple[int, tuple[object, ...]], ...]] = {}
+    captures: dict[int, tuple[Any, ...]] = {}
     events = list(activation.events())
     for count, event in enumerate(events):
         if event.action is not None:
             actions[count] = event.action
         keys = tuple((key[2], key) for key in captured if key[:2] == ("call", event.number))
         if keys:
-            captures[count] = keys  # type: ignore[assignment]
-    return Script(activation.module, tuple(e.name for e in events), actions, captures)  # type: ignore[arg-type]
+            captures[count] = keys
+    return Script(activation.module, tuple(e.name for e in events), actions, captures)
 
 
 def _recomputed(module: str) -> ShardingError:
