@@ -5,25 +5,30 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .errors import Nemo2Error, PipelineError
+from .errors import Nemo2Error
 from .mesh.groups import MeshGroups
 from .pipeline.megatron import Groups, run_schedule
 from .pipeline.microbatch import split_batch
+from .pipeline.program import Losses, Program
 from .pipeline.runner import StageRunner, Step
+from .places import Place
 from .plan import Plan, StepPlan, plan_step
-from .pytree import tree_flatten, tree_map, tree_unflatten
+from .planning import unfused_layers
+from .pytree import tree_flatten, tree_unflatten
 from .sharding.borrow import Loan, give_back, lent, make_loans
 from .sharding.reduce import gradient, norm_of, reduce_gradients, scale_gradients
+from .sharding.state import copy_into, gather_params
 from .sharding.storage import Storage, local_of
-from .trace import Place
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -61,9 +66,9 @@ class ParallelModel(nn.Module):
         self.__dict__["places"] = tuple(places)
         self._step_plans: OrderedDict[Any, StepPlan | None] = OrderedDict()
         self._loans_made: dict[Any, list[Loan]] = {}
-        for module in managed:
-            module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
-            module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+        for module in self._fsdp_modules():
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
     # --- what nn.Module users expect, under original names
 
@@ -99,34 +104,27 @@ class ParallelModel(nn.Module):
             "  options: cast or move the model before parallelize"
         )
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return original name -> DTensor or buffer of this rank's stage, sharing memory."""
-        state: dict[str, Any] = {name: p.detach() for name, p in self.params.items()}
-        persistent = self.module.state_dict()
-        state |= {n: b for n, b in self.module.named_buffers() if n in persistent}
-        return state
+        params: dict[str, Tensor] = {name: p.detach() for name, p in self.params.items()}
+        return params | self._persistent_buffers()
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Return the whole model's state on every rank, loadable into the unsplit module.
 
         Communication: gathers each parameter over tp and dp, then shares them over stages.
         """
-        own: dict[str, Tensor] = {}
-        for entry in self.storage:
-            if self.groups.pp_rank == min(entry.plan.stages):
-                own[entry.name] = entry.wrap(entry.local, self.storage.mesh).full_tensor()
-        everything = _share(own, self.groups) if len(self.plan.stages) > 1 else own
-        for plan in self.plan.params:
-            for alias in plan.aliases:
-                everything[alias] = everything[plan.name]
+        params = gather_params(self.storage, self.plan, self.groups)
+        return params | self._persistent_buffers()
+
+    def _persistent_buffers(self) -> dict[str, Tensor]:
         persistent = self.module.state_dict()
-        everything |= {n: b for n, b in self.module.named_buffers() if n in persistent}
-        return everything
+        return {n: b for n, b in self.module.named_buffers() if n in persistent}
 
     def load_full_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy whole tensors, under original names, into this rank's parts."""
         for entry in self.storage:
-            _copy_into(entry.view, state[entry.name])
+            copy_into(entry.view, state[entry.name])
         for name, buffer in self.module.named_buffers():
             if name in state:
                 buffer.copy_(state[name])
@@ -204,7 +202,7 @@ class ParallelModel(nn.Module):
         self._refuse_torch_func()
         for entry in self.storage:
             entry.compute.grad = None
-        losses = _Losses(loss_fn, has_aux)
+        losses = Losses(loss_fn, has_aux)
         parts = [
             self._to_device(b) for b in split_batch(batch, self.plan.options.pipeline.microbatches)
         ]
@@ -237,7 +235,7 @@ class ParallelModel(nn.Module):
     def _schedule(self, step: Step, parts: list[Any], *, forward_only: bool, key: Any) -> list[Any]:
         groups, runner = self.groups, self.runner
         with self.storage.computing(), ExitStack() as stack:
-            stack.enter_context(_no_fused_attention())
+            stack.enter_context(unfused_layers())
             step_plan = self._plan_for(step, parts[0], key)
             if step_plan is not None:
                 runner.use(step_plan)
@@ -245,7 +243,7 @@ class ParallelModel(nn.Module):
             stack.enter_context(self._seeded())
             if forward_only:
                 stack.callback(self.free_gathered)
-            program = _Program(self, step, parts, forward_only)
+            program = Program(runner, step, parts, forward_only, self.seed_for)
             return run_schedule(
                 program,
                 microbatches=len(parts),
@@ -261,7 +259,7 @@ class ParallelModel(nn.Module):
             )
 
     def _plan_for(self, step: Step, batch: Any, key: Any) -> StepPlan | None:
-        """Return the step's plan, made at the first call for these shapes; None when none is needed."""
+        """Return the step's plan, made at the first call for these shapes; None if not needed."""
         if self.plan.sizes.tp == 1 and self.plan.sizes.pp == 1:
             return None
         leaves, spec = tree_flatten(batch)
@@ -296,7 +294,7 @@ class ParallelModel(nn.Module):
             )
         return self._loans_made[key]
 
-    def _global_loss(self, losses: _Losses) -> tuple[Tensor, float]:
+    def _global_loss(self, losses: Losses) -> tuple[Tensor, float]:
         """Return the global loss and the global count, over microbatches and dp.
 
         Communication: one all-reduce of four numbers over the world.
@@ -343,8 +341,11 @@ class ParallelModel(nn.Module):
 
     def free_gathered(self) -> None:
         """Free what FSDP gathered; backward does it in a training step."""
-        for module in self.managed:
-            module.reshard()  # type: ignore[operator]
+        for module in self._fsdp_modules():
+            module.reshard()
+
+    def _fsdp_modules(self) -> list[FSDPModule]:
+        return [cast("FSDPModule", module) for module in self.managed]
 
     def _to_device(self, batch: Any) -> Any:
         device = self.groups.device
@@ -355,61 +356,10 @@ class ParallelModel(nn.Module):
     def _refuse_torch_func(self) -> None:
         if torch._C._functorch.maybe_current_level() is not None:
             raise Nemo2Error(
-                "torch.func transforms over a ParallelModel are not supported: its gradients cross ranks\n"
+                "torch.func transforms over a ParallelModel are not supported:"
+                " its gradients cross ranks\n"
                 "  options: nemo2.value_and_grad(loss_fn, model)(model.params, batch) | nemo2.grad"
             )
-
-
-class _Losses:
-    """Wraps the user's loss function: returns the scalar to differentiate, keeps sums and counts."""
-
-    def __init__(self, loss_fn: Step, has_aux: bool) -> None:
-        self.loss_fn, self.has_aux = loss_fn, has_aux
-        self.pairs: list[tuple[Tensor, Any]] = []
-        self.aux: list[Any] = []
-        self.dtype = torch.float32
-
-    def __call__(self, module: nn.Module, batch: Any) -> Any:
-        return self.loss_fn(module, batch)
-
-    def take(self, result: Any) -> Tensor:
-        if self.has_aux:
-            result, aux = result
-            self.aux.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, aux))
-        loss, count = result if isinstance(result, tuple) else (result, 1.0)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise PipelineError(
-                f"loss_fn must return a scalar mean, or (sum, count); it returned {got}\n"
-                "  options: loss.mean() | (losses.sum(), losses.numel())"
-            )
-        self.dtype = loss.dtype
-        self.pairs.append(
-            (
-                loss.detach().double().reshape(()),
-                count.detach() if isinstance(count, Tensor) else count,
-            )
-        )
-        return loss.reshape(())
-
-
-class _Program:
-    """This rank's stage as Megatron's schedule sees it."""
-
-    def __init__(
-        self, model: ParallelModel, step: Step, parts: list[Any], forward_only: bool
-    ) -> None:
-        self.model, self.step, self.parts, self.forward_only = model, step, parts, forward_only
-
-    def forward(self, microbatch: int, received: tuple[Tensor, ...]) -> Any:
-        model = self.model
-        if model.module.training:
-            torch.manual_seed(model.seed_for(microbatch))
-        output = model.runner.run(self.step, self.parts[microbatch], received)
-        if not model.runner.last or self.forward_only:
-            return output
-        assert isinstance(self.step, _Losses)
-        return self.step.take(output)
 
 
 def _hashable(x: Any) -> Any:
@@ -425,44 +375,3 @@ def _identity_of(function: Any) -> Any:
     return getattr(function, "__code__", None) or getattr(
         getattr(function, "__func__", None), "__code__", id(function)
     )
-
-
-@contextmanager
-def _no_fused_attention() -> Iterator[None]:
-    """Switch off the fused inference path of nn.TransformerEncoderLayer, which reads weights directly."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _copy_into(view: Any, full: Tensor) -> None:
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(view, DTensor)
-    part = distribute_tensor(
-        full.to(view.device), view.device_mesh, view.placements, src_data_rank=None
-    )
-    with torch.no_grad():
-        view._local_tensor.copy_(part._local_tensor)
-
-
-def _share(own: dict[str, Tensor], groups: MeshGroups) -> dict[str, Tensor]:
-    """Give every stage's tensors to all stages."""
-    everything: dict[str, Tensor] = {}
-    for stage in range(groups.sizes.pp):
-        source = dist.get_global_rank(groups.pp, stage)
-        here = stage == groups.pp_rank
-        box: list[Any] = [[(n, tuple(t.shape), t.dtype) for n, t in own.items()] if here else None]
-        dist.broadcast_object_list(box, src=source, group=groups.pp, device=groups.device)
-        for name, shape, dtype in box[0]:
-            value = (
-                own[name].contiguous()
-                if here
-                else torch.empty(shape, dtype=dtype, device=groups.device)
-            )
-            dist.broadcast(value, src=source, group=groups.pp)
-            everything[name] = value
-    return everything

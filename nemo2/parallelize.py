@@ -14,9 +14,11 @@ from .mesh.groups import MeshGroups, stage_group
 from .model import ParallelModel
 from .options import Pipeline
 from .pipeline.runner import StageRunner
+from .places import places
 from .plan import Plan, plan
 from .sharding.storage import check_same_everywhere, finish, place, shard_over_dp, storage_mesh
-from .trace import places
+
+_PIPELINE = Pipeline()
 
 
 def parallelize(
@@ -24,7 +26,7 @@ def parallelize(
     mesh: DeviceMesh,
     *,
     data_parallel: Any = "fsdp",
-    pipeline: Pipeline = Pipeline(),
+    pipeline: Pipeline = _PIPELINE,
     inplace: bool = False,
     **options: Any,
 ) -> ParallelModel:

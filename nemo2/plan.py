@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import trace as tracing
 from .errors import ShardingError
 from .mesh.sizes import MeshSizes
 from .options import Options
@@ -25,6 +24,9 @@ from .pipeline.stages import (
     split_blocks,
     stage_of,
 )
+from .places import Place, places
+from .planning import planning, run_step
+from .record import Recorder
 from .sharding.annotate import Mark, check, collect
 from .sharding.layout import Layout
 from .sharding.prove import Prover, prove, vary_mixed
@@ -186,7 +188,8 @@ def _problems(
         if m.axis == "tp" and m.dim is not None and sizes.tp > 1:
             if m.parts is not None:
                 problems.append(
-                    f"cannot shard '{name}' with parts={m.parts}: fused projections are not built yet\n"
+                    f"cannot shard '{name}' with parts={m.parts}:"
+                    " fused projections are not built yet\n"
                     "  options: tp=1 | leave it replicated | use separate projections"
                 )
             elif shape[m.dim] % sizes.tp:
@@ -202,7 +205,8 @@ def _indivisible(name: str, shape: tuple[int, ...], dim: int, tp: int) -> str:
     return (
         f"cannot shard '{name}' on mesh axis 'tp' along dim {dim}\n"
         f"  global shape {shape}, dim {dim} = {size}; tp degree {tp}; {size} % {tp} = {size % tp}\n"
-        f"  options: tp in {{{', '.join(map(str, fits))}}}{alternative} | pad dim {dim} to {-(-size // tp) * tp}"
+        f"  options: tp in {{{', '.join(map(str, fits))}}}{alternative}"
+        f" | pad dim {dim} to {-(-size // tp) * tp}"
     )
 
 
@@ -210,7 +214,7 @@ def plan_step(
     plan: Plan,
     model: nn.Module,
     step: Callable[[], Any],
-    where: Sequence[tracing.Place] | None = None,
+    where: Sequence[Place] | None = None,
     device: torch.device | None = None,
 ) -> StepPlan:
     """Plan the activations of one step: run it once with every parameter absent.
@@ -223,7 +227,7 @@ def plan_step(
         order, and in-place writes that no layout allows, each with the user's line.
     """
     by_name = {p.name: p for p in plan.params}
-    where = tracing.places(model) if where is None else where
+    where = places(model) if where is None else where
     home = _home(model) if device is None else device
     blocks = {n: i for i, n in enumerate(plan.blocks)} if plan.sizes.pp > 1 else {}
 
@@ -233,12 +237,12 @@ def plan_step(
         out.param, out.needs_grad, out.tp_layout = name, param.trainable, Layout(param.tp_dim)
         return out
 
-    recorder = tracing.Recorder(plan.sizes.tp, blocks)
-    with tracing.planning(model, where, absent, recorder):
-        trace = tracing.run_step(step, recorder)
+    recorder = Recorder(plan.sizes.tp, blocks)
+    with planning(model, where, absent, recorder):
+        trace = run_step(step, recorder)
 
     def attempt(prover: Prover) -> str | None:
-        with tracing.planning(model, where, lambda name: absent(name, local=True), prover):
+        with planning(model, where, lambda name: absent(name, local=True), prover):
             return prover.attempt(step)
 
     boundaries = crossings(trace, plan.stages, plan.sizes.tp)

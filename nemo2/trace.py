@@ -1,30 +1,17 @@
-"""The planning run: the user's step, once, with every parameter absent.
-
-What is recorded: every torch call with the layout of its result and the action it needs,
-in the module whose forward made it; when each parameter and each value was used, counted in
-blocks; and what each block returned. Nothing is computed and no parameter memory is needed.
-"""
+"""What a planning run saw: calls in the modules that made them, values, and their uses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .errors import PipelineError
-from .pytree import tree_flatten, tree_leaves, tree_unflatten
-from .pipeline.absent import Absent, absent_call, is_absent, is_inplace, name_of, to_meta, user_line
-from .sharding.actions import Action, Watcher, suspended
-from .sharding.functions import check_function, watched_functions
-from .sharding.layout import REPLICATED, Layout
-from .sharding.calls import Call, Decision, differentiable, refuse
-from .sharding.rules import decide, is_query
-
-_SCALAR_READS = {"item": 1.0, "__float__": 1.0, "tolist": 1.0}
+from .pipeline.absent import Absent
+from .sharding.actions import Action
+from .sharding.layout import Layout
 
 
 @dataclass
@@ -46,6 +33,12 @@ class Event:
     again: bool = False  # a checkpoint inside the module's forward runs it again in backward
 
 
+def saved_hooks() -> Any:
+    """Return what identifies the innermost non-reentrant checkpoint that is running."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks and hooks[0]
+
+
 @dataclass
 class Activation:
     """One call of one module's forward, with the calls that it made, in order."""
@@ -54,7 +47,7 @@ class Activation:
     ordinal: int
     leaf: bool
     block: int | None
-    hooks: Any = field(default_factory=lambda: saved_hooks())
+    hooks: Any = field(default_factory=saved_hooks)
     items: list[Event | Activation] = field(default_factory=list)
 
     def events(self) -> Iterator[Event]:
@@ -69,19 +62,12 @@ class Activation:
             yield from child.walk()
 
 
-def saved_hooks() -> Any:
-    """Return what identifies the innermost non-reentrant checkpoint that is running."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks and hooks[0]
-
-
-def _memory(meta: Tensor) -> int:
-    return int(meta.untyped_storage()._cdata)
-
-
 @dataclass(frozen=True)
 class BlockOutput:
-    """What a block returns: per leaf ``("absent", shape, dtype)``, ``("arg", i)`` or ``("const", x)``."""
+    """What a block returns.
+
+    Per leaf ``("absent", shape, dtype)``, ``("arg", i)`` or ``("const", x)``.
+    """
 
     spec: Any
     leaves: tuple[tuple[Any, ...], ...]
@@ -116,383 +102,3 @@ class Trace:
     output: Any
     output_layouts: tuple[Layout, ...]
     complete: bool
-
-
-class Recorder(Watcher):
-    """Watch all torch calls of one planning run."""
-
-    def __init__(self, degree: int, blocks: Mapping[str, int]) -> None:
-        super().__init__()
-        self.degree, self.block_index = degree, blocks
-        self.stack = [Activation("", 0, False, None)]
-        self.root = self.stack[0]
-        self.numbers = 0
-        self.position = -1
-        self.param_uses: dict[str, set[int]] = {}
-        self.partial_uses: dict[str, list[tuple[int, int]]] = {}
-        self.full_uses: set[str] = set()
-        self.values: dict[int, Value] = {}
-        self.block_outputs: dict[int, BlockOutput] = {}
-        self.ordinals: dict[str, int] = {}
-        self.functions: list[type] = []  # custom autograd functions that are running
-        self.copied: set[int] = set()  # memory of which some views were gathered
-
-    # --- torch calls
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = name_of(func)
-        number = self.numbers
-        self.numbers += 1
-        leaves = tree_leaves((args, kwargs))
-        absents = [x for x in leaves if is_absent(x)]
-        if not absents:
-            out = func(*args, **kwargs)
-            literals = tuple(x for x in leaves if not isinstance(x, Tensor))
-            self.stack[-1].items.append(Event(number, name, None, literals, (), (), ()))
-            return out
-        if name in _SCALAR_READS and absents[0].meta.numel() == 1 and self._after_blocks():
-            self.stack[-1].items.append(Event(number, name, None, (), (), (), ()))
-            return _SCALAR_READS[name]
-        if not is_query(name):
-            self._note_uses(absents)
-        return self._absent(number, name, func, args, kwargs)
-
-    def _absent(
-        self, number: int, name: str, func: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Any:
-        call = Call(name, func, args, kwargs, self.degree)
-        out = absent_call(func, args, kwargs)
-        decision = self._decide(number, call, out)
-        outs = [x for x in tree_leaves(out) if is_absent(x)]
-        grad = (
-            name not in ("detach", "data")
-            and (torch.is_grad_enabled() or bool(self.functions))
-            and any(op.needs_grad for op in call.operands)
-        )
-        layouts = decision.layouts
-        per_leaf = (layouts,) * len(outs) if isinstance(layouts, Layout) else layouts
-        for leaf, (x, layout) in enumerate(zip(outs, per_leaf, strict=True)):
-            if x.key is None and x.param is None:
-                self._born(x, ("call", number, leaf), layout)
-                x.needs_grad = grad and differentiable(x.meta)
-        if grad and is_inplace(name):
-            self._spread_gradient(call.operands[0].meta)
-        self.stack[-1].items.append(self._event(number, call, decision, out, outs))
-        return out
-
-    def _spread_gradient(self, written: Tensor) -> None:
-        """After a write in place a gradient flows through all that shares the memory."""
-        memory = _memory(written)
-        for value in self.values.values():
-            if _memory(value.absent.meta) == memory and differentiable(value.absent.meta):
-                value.absent.needs_grad = True
-
-    def _check_memory(self, call: Call, out: Any) -> None:
-        """Refuse a write in place into a tensor whose view is a copy on each rank, and so unseen."""
-        if is_inplace(call.name) and _memory(call.operands[0].meta) in self.copied:
-            raise refuse(call, "writes in place into memory shared with")
-        results = {_memory(x) for x in tree_leaves(out) if isinstance(x, Tensor)}
-        for op in call.operands:
-            if any(step != "vary" for step, _ in op.steps) and _memory(op.meta) in results:
-                self.copied.add(_memory(op.meta))
-
-    def _decide(self, number: int, call: Call, out: Any) -> Decision:
-        out = to_meta(out)
-        decision = decide(call, out)
-        self._check_memory(call, out)
-        check_function(call, decision, self.functions)
-        partial = {param for param, _ in decision.partial_params}
-        for param, leaf in decision.partial_params:
-            self.partial_uses.setdefault(param, []).append((number, leaf))
-        if not is_query(call.name):
-            whole = {op.param for op in call.operands if op.param and op.entry.replicated}
-            self.full_uses |= whole - partial
-        return decision
-
-    def _event(
-        self, number: int, call: Call, decision: Decision, out: Any, outs: Sequence[Absent]
-    ) -> Event:
-        shapes = tuple(x.tp_layout.local_shape(tuple(x.meta.shape), self.degree) for x in outs)
-        operands = tuple(
-            (
-                identity(call.leaves[op.leaves[0]]),
-                op.entry.local_shape(tuple(op.meta.shape), self.degree),
-            )
-            for op in call.operands
-        )
-        literals = tuple(x for x in call.leaves if not isinstance(x, Tensor))
-        event = Event(
-            number,
-            call.name,
-            decision.action,
-            literals,
-            operands,
-            shapes,
-            tuple(x.tp_layout for x in outs),
-        )
-        event.output = self._shape_of_output(out)
-        event.again = saved_hooks() is not self.stack[-1].hooks
-        event.wants_grad = tuple(op.needs_grad for op in call.operands)
-        event.operand_leaves = tuple(op.leaves for op in call.operands)
-        event.global_shapes = tuple(tuple(op.meta.shape) for op in call.operands)
-        event.dtype = next(
-            (op.meta.dtype for op in call.operands if op.meta.is_floating_point()), None
-        )
-        return event
-
-    def _shape_of_output(self, out: Any) -> Any:
-        leaves, spec = tree_flatten(out)
-        local = [
-            ("tensor", x.tp_layout.local_shape(tuple(x.meta.shape), self.degree), x.meta.dtype)
-            if is_absent(x)
-            else ("const", x)
-            for x in leaves
-        ]
-        return spec, local
-
-    def _born(self, x: Absent, key: tuple[Any, ...], layout: Layout) -> None:
-        x.key, x.tp_layout = key, layout
-        self.values[id(x)] = Value(key, x, self.position, len(self.values))
-
-    def _note_uses(self, absents: Sequence[Absent]) -> None:
-        for x in absents:
-            if x.param is not None:
-                self.param_uses.setdefault(x.param, set()).add(self.position)
-            elif id(x) in self.values:
-                self.values[id(x)].uses.add(self.position)
-
-    def _after_blocks(self) -> bool:
-        inside = any(a.block is not None for a in self.stack)
-        return not inside and self.position == len(self.block_index) - 1
-
-    # --- module calls
-
-    def call_module(
-        self, name: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Any:
-        block = self.block_index.get(name)
-        with suspended():
-            ordinal = self.ordinals[name] = self.ordinals.get(name, -1) + 1
-            start = len(self.values)
-            if block is not None:
-                self._enter_block(name, block, ordinal)
-                self._note_uses([x for x in tree_leaves((args, kwargs)) if is_absent(x)])
-        activation = Activation(name, ordinal, is_leaf(module), block)
-        self.stack[-1].items.append(activation)
-        self.stack.append(activation)
-        try:
-            out = forward(*args, **kwargs)
-        except PipelineError:
-            if block is None or self.degree > 1:
-                raise
-            with suspended():
-                out = self._assume(module, args, kwargs)
-                self._use_all(module)
-            activation.items.clear()
-        finally:
-            while self.stack.pop() is not activation:
-                pass
-        activation.leaf = activation.leaf and len(activation.items) == 1  # else: parametrised
-        with suspended():
-            if block is not None:
-                out = self._leave_block(block, args, kwargs, out)
-            self._rekey(name, ordinal, out, start)
-        return out
-
-    def _enter_block(self, name: str, block: int, ordinal: int) -> None:
-        if ordinal:
-            raise PipelineError(
-                f"block '{name}' is called twice in one step{user_line()}\n"
-                "  a pipeline runs each block once for each microbatch\n"
-                '  options: call the model once a step | leave out shard(..., "pp")'
-            )
-        if block != self.position + 1:
-            raise PipelineError(
-                f"block '{name}' is called out of order: number {block} of the list after number {self.position}\n"
-                '  options: order the list as it is called | leave out shard(..., "pp")'
-            )
-        self.position = block
-
-    def _leave_block(self, block: int, args: Any, kwargs: Any, out: Any) -> Any:
-        given = tree_leaves((args, kwargs))
-        position = {id(x): i for i, x in enumerate(given) if isinstance(x, Tensor)}
-        leaves, spec = tree_flatten(out)
-        described: list[tuple[Any, ...]] = []
-        for i, x in enumerate(leaves):
-            if isinstance(x, Tensor) and id(x) in position:
-                described.append(("arg", position[id(x)]))
-            elif isinstance(x, Tensor):
-                if not is_absent(x):
-                    leaves[i] = x = Absent(to_meta(x), x.device)
-                    self._born(x, ("call", -1, i), REPLICATED)
-                described.append(("absent", tuple(x.meta.shape), x.meta.dtype))
-            else:
-                described.append(("const", x))
-        self.block_outputs[block] = BlockOutput(spec, tuple(described))
-        return tree_unflatten(spec, leaves)
-
-    def _rekey(self, name: str, ordinal: int, out: Any, start: int) -> None:
-        """Name a value by the outermost module that made and returned it.
-
-        Such a name can be found again on any stage, where the module may be absent.
-        """
-        for leaf, x in enumerate(tree_leaves(out)):
-            if is_absent(x) and id(x) in self.values and self.values[id(x)].number >= start:
-                x.key = ("out", name, ordinal, leaf)
-                self.values[id(x)].key = x.key
-
-    def _assume(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """A block that cannot run on shapes (it looks at values) returns one tensor like its input."""
-        leaves = tree_leaves((args, kwargs))
-        like = next((x for x in leaves if is_absent(x) and x.meta.is_floating_point()), None)
-        if like is None:
-            raise PipelineError(
-                f"{type(module).__name__}: what this block returns cannot be planned"
-            )
-        out = Absent(torch.empty_like(like.meta), like.home)
-        self._born(out, ("call", -1, 0), REPLICATED)
-        return out
-
-    def _use_all(self, module: nn.Module) -> None:
-        for sub in module.modules():
-            for x in sub._parameters.values():
-                if x is not None and is_absent(x):
-                    self._note_uses([x])
-
-    def trace(self, output: Any, complete: bool) -> Trace:
-        leaves = tree_leaves(output)
-        self.position = len(self.block_index) - 1
-        self._note_uses([x for x in leaves if is_absent(x)])
-        layouts = tuple(x.tp_layout if is_absent(x) else REPLICATED for x in leaves)
-        return Trace(
-            self.root,
-            self.param_uses,
-            self.partial_uses,
-            self.full_uses,
-            list(self.values.values()),
-            self.block_outputs,
-            output,
-            layouts,
-            complete,
-        )
-
-
-_LEAVES = (nn.Linear.forward, nn.Embedding.forward)
-
-
-def is_leaf(module: nn.Module) -> bool:
-    """Say whether the module's forward is one known call, for which actions can be installed."""
-    return type(module).forward in _LEAVES
-
-
-@dataclass(frozen=True)
-class Place:
-    """One attribute of one module that holds a parameter, under the parameter's first name."""
-
-    param: str
-    name: str
-    module: nn.Module
-    leaf: str
-
-
-def places(model: nn.Module) -> tuple[Place, ...]:
-    """Return every place of ``model`` that holds a parameter, ties included."""
-    first: dict[int, str] = {}
-    found = []
-    for prefix, module in model.named_modules():
-        for leaf, param in module._parameters.items():
-            if param is not None:
-                name = f"{prefix}.{leaf}" if prefix else leaf
-                found.append(Place(first.setdefault(id(param), name), name, module, leaf))
-    return tuple(found)
-
-
-@contextmanager
-def planning(
-    model: nn.Module,
-    where: Sequence[Place],
-    absent: Callable[[str], Absent],
-    recorder: Recorder,
-) -> Iterator[None]:
-    """Put absent tensors in all places of parameters and watch all module calls; undo on exit."""
-    with ExitStack() as undo:
-        undo.enter_context(watched_functions(recorder.functions))
-        fast = torch.backends.mha.get_fastpath_enabled()  # fused layers hide their parts
-        undo.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        torch.backends.mha.set_fastpath_enabled(False)
-        made: dict[str, Absent] = {}
-        for place in where:
-            if place.param not in made:
-                made[place.param] = absent(place.param)
-            _put(place, made[place.param], undo)
-        for module in model.modules():
-            for leaf, buffer in list(module._buffers.items()):
-                if buffer is not None:
-                    module._buffers[leaf] = _planning_buffer(buffer)
-                    undo.callback(module._buffers.__setitem__, leaf, buffer)
-        for name, module in model.named_modules():
-            if name:
-                _watch(name, module, recorder, undo)
-        yield
-
-
-def _put(place: Place, absent: Absent, undo: ExitStack) -> None:
-    attributes, parameters = place.module.__dict__, place.module._parameters
-    if place.leaf in attributes:
-        undo.callback(attributes.__setitem__, place.leaf, attributes.pop(place.leaf))
-        undo.callback(parameters.pop, place.leaf)
-    else:
-        undo.callback(parameters.__setitem__, place.leaf, parameters[place.leaf])
-    parameters[place.leaf] = absent  # type: ignore[assignment]
-
-
-def _planning_buffer(buffer: Tensor) -> Tensor:
-    if buffer.is_meta:
-        return Absent(to_meta(buffer), torch.device("cpu"))
-    return buffer.clone()
-
-
-def _watch(name: str, module: nn.Module, recorder: Recorder, undo: ExitStack) -> None:
-    own = module.__dict__.get("forward")
-    original = module.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return recorder.call_module(name, module, original, args, kwargs)
-
-    module.__dict__["forward"] = forward
-    if own is None:
-        undo.callback(module.__dict__.pop, "forward")
-    else:
-        undo.callback(module.__dict__.__setitem__, "forward", own)
-
-
-def run_step(step: Callable[[], Any], recorder: Recorder) -> Trace:
-    """Run the user's step under ``recorder``; what it draws or prints is the user's."""
-    devices = (
-        [torch.cuda.current_device()]
-        if torch.cuda.is_available() and torch.cuda.is_initialized()
-        else []
-    )
-    complete, output = True, None
-    with torch.random.fork_rng(devices=devices):
-        try:
-            with recorder:
-                output = step()
-        except PipelineError:
-            if recorder.degree > 1 or not recorder._after_blocks() or not recorder.block_index:
-                raise
-            complete = False
-    if recorder.block_index and recorder.position != len(recorder.block_index) - 1:
-        missing = [n for n, i in recorder.block_index.items() if i > recorder.position]
-        raise PipelineError(
-            f"the step calls {recorder.position + 1} of {len(recorder.block_index)} pipeline blocks; never called: "
-            f"{', '.join(missing[:4])}\n  options: call every block once a step (no random skipping)"
-        )
-    return recorder.trace(output, complete)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..mesh.groups import MeshGroups, stage_group
+from ..places import Place
 from ..plan import Plan
-from ..trace import Place
 from .reduce import gradient, set_gradient
 from .storage import Entry, Storage
 
@@ -121,9 +121,10 @@ def give_back(
 
 def _whole(entry: Entry, groups: MeshGroups) -> Tensor:
     """Return the parameter's tp-local value, gathered over dp."""
-    if isinstance(entry.compute, DTensor):
-        return entry.compute.detach().full_tensor().contiguous()
-    return entry.compute.detach().contiguous()
+    value = entry.compute.detach()
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return value.contiguous()
 
 
 def _dp_part(grad: Tensor, entry: Entry, groups: MeshGroups) -> Tensor:

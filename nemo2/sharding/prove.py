@@ -17,10 +17,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import trace as tracing
-from ..pipeline.absent import Absent, absent_call, is_absent, to_meta
+from ..pipeline.absent import Absent, absent_call, is_absent, name_of, to_meta
+from ..planning import run_step
 from ..pytree import tree_leaves, tree_unflatten
-from ..trace import Activation, Event, Trace
+from ..record import Recorder, is_leaf
+from ..trace import Activation, Event, Trace, identity
 from .actions import Action, Fix
 from .scripts import Programs, installable, needing, programs
 
@@ -28,7 +29,7 @@ EVERYTHING = "*"  # what to blame when each run takes another path
 _SIZES_REPLACED = ("constant", "reshape", "expand")  # kinds whose own arguments are not used
 
 
-class _Differs(Exception):
+class _DiffersError(Exception):
     """The local run left the planned path."""
 
 
@@ -72,7 +73,7 @@ def _alike(trace: Trace, module: str) -> set[str]:
     }
 
 
-class Prover(tracing.Recorder):
+class Prover(Recorder):
     """Run the step on local shapes and compare each call with the trace."""
 
     def __init__(
@@ -92,12 +93,12 @@ class Prover(tracing.Recorder):
         EVERYTHING stands for all modules: no single one is to blame.
         """
         try:
-            tracing.run_step(step, self)
+            run_step(step, self)
             if self.numbers == len(self.expected):
                 return None
             self.culprit = [self.root]
         except Exception as error:  # an error of user code on local sizes: it needs global ones
-            if self._blame() is None and not isinstance(error, _Differs):
+            if self._blame() is None and not isinstance(error, _DiffersError):
                 raise
         return self._blame() or EVERYTHING
 
@@ -117,7 +118,7 @@ class Prover(tracing.Recorder):
             if len(self.culprit) == depth:
                 self.culprit = self.culprit or [
                     *self.stack,
-                    Activation(name, 0, tracing.is_leaf(module), None),
+                    Activation(name, 0, is_leaf(module), None),
                 ]
             raise
 
@@ -129,7 +130,7 @@ class Prover(tracing.Recorder):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         activation, event = self.expected.get(self.numbers, (None, None))
-        if activation is None or event is None or event.name != tracing.name_of(func):
+        if activation is None or event is None or event.name != name_of(func):
             raise self._differs()
         if activation.module != self.stack[-1].module:
             raise self._differs()
@@ -144,9 +145,9 @@ class Prover(tracing.Recorder):
             self.culprit = self.culprit or list(self.stack)
             raise
 
-    def _differs(self) -> _Differs:
+    def _differs(self) -> _DiffersError:
         self.culprit = self.culprit or list(self.stack)
-        return _Differs()
+        return _DiffersError()
 
     def _translated(self, activation: Activation) -> bool:
         """Say whether this call runs under ``Emulate`` or an installed forward."""
@@ -172,7 +173,7 @@ class Prover(tracing.Recorder):
 
     def _same_operands(self, event: Event, leaves: Sequence[Any]) -> bool:
         tensors = {id(x): x for x in leaves if isinstance(x, Tensor)}
-        found = tuple((tracing.identity(x), tuple(to_meta(x).shape)) for x in tensors.values())
+        found = tuple((identity(x), tuple(to_meta(x).shape)) for x in tensors.values())
         return found == event.operands
 
     def _planned(self, event: Event, action: Action, given: Any) -> Any:
@@ -195,11 +196,14 @@ def _same(found: Sequence[Any], planned: Sequence[Any]) -> bool:
     if len(found) != len(planned):
         return False
     for a, b in zip(found, planned, strict=True):
-        kind: Any = type(a)
-        plain = type(b) is kind and kind.__eq__ is object.__eq__
+        plain = type(b) is type(a) and _without_equality(type(a))
         if not (a is b or plain or _equal(a, b)):
             return False
     return True
+
+
+def _without_equality(kind: Any) -> bool:
+    return kind.__eq__ is object.__eq__
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -22,8 +22,8 @@ from ..errors import Nemo2Error
 from ..mesh.groups import MeshGroups
 from ..pipeline.absent import Absent
 from ..pipeline.stages import expected_stages
+from ..places import Place
 from ..plan import ParamPlan, Plan
-from ..trace import Place
 from .collectives import gather_single
 
 
@@ -124,7 +124,8 @@ def check_same_everywhere(plan: Plan, groups: MeshGroups) -> None:
     odd = [r for r in range(groups.sizes.world) if not torch.equal(rows[r], rows[0])]
     if odd:
         raise Nemo2Error(
-            f"parallelize got different models or options on different ranks: ranks {odd} differ from rank 0\n"
+            "parallelize got different models or options on different ranks:"
+            f" ranks {odd} differ from rank 0\n"
             "  options: build the same model with the same annotations and options on every rank"
         )
 
@@ -172,8 +173,9 @@ def _refuse_meta(model: nn.Module) -> None:
     on_meta = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if on_meta:
         raise Nemo2Error(
-            f"cannot parallelize a model on meta: {len(on_meta)} tensors such as '{on_meta[0]}' have no values; "
-            "materialising shard by shard is not built yet\n  options: build the model on cpu | plan(model, ...) works on meta"
+            f"cannot parallelize a model on meta: {len(on_meta)} tensors such as '{on_meta[0]}'"
+            " have no values; materialising shard by shard is not built yet\n"
+            "  options: build the model on cpu | plan(model, ...) works on meta"
         )
 
 
@@ -216,14 +218,16 @@ def shard_over_dp(
             fully_shard(
                 target,
                 mesh=groups.data_mesh,
-                reshard_after_forward=False if keep or target is runner else True,
+                reshard_after_forward=not (keep or target is runner),
                 shard_placement_fn=placement,
                 ignored_params=ignored,
             )
             managed.append(target)
     for entry in entries:
         owner, leaf = entry.places[0]
-        entry.compute = owner._parameters[leaf]  # type: ignore[assignment]
+        compute = owner._parameters[leaf]
+        assert compute is not None
+        entry.compute = compute
     return managed
 
 

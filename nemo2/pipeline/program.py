@@ -1,0 +1,66 @@
+"""What Megatron's schedule runs on one stage: a step over microbatches, and its losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PipelineError
+from ..pytree import tree_map
+from .runner import StageRunner, Step
+
+
+class Losses:
+    """Wraps the user's loss function: the scalar to differentiate; keeps sums and counts."""
+
+    def __init__(self, loss_fn: Step, has_aux: bool) -> None:
+        self.loss_fn, self.has_aux = loss_fn, has_aux
+        self.pairs: list[tuple[Tensor, Any]] = []
+        self.aux: list[Any] = []
+        self.dtype = torch.float32
+
+    def __call__(self, module: nn.Module, batch: Any) -> Any:
+        return self.loss_fn(module, batch)
+
+    def take(self, result: Any) -> Tensor:
+        if self.has_aux:
+            result, aux = result
+            self.aux.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, aux))
+        loss, count = result if isinstance(result, tuple) else (result, 1.0)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise PipelineError(
+                f"loss_fn must return a scalar mean, or (sum, count); it returned {got}\n"
+                "  options: loss.mean() | (losses.sum(), losses.numel())"
+            )
+        self.dtype = loss.dtype
+        count = count.detach() if isinstance(count, Tensor) else count
+        self.pairs.append((loss.detach().double().reshape(()), count))
+        return loss.reshape(())
+
+
+class Program:
+    """This rank's stage as Megatron's schedule sees it; ``seed`` gives each microbatch its own."""
+
+    def __init__(
+        self,
+        runner: StageRunner,
+        step: Step,
+        parts: list[Any],
+        forward_only: bool,
+        seed: Callable[[int], int],
+    ) -> None:
+        self.runner, self.step, self.parts = runner, step, parts
+        self.forward_only, self.seed = forward_only, seed
+
+    def forward(self, microbatch: int, received: tuple[Tensor, ...]) -> Any:
+        if self.runner.module.training:
+            torch.manual_seed(self.seed(microbatch))
+        output = self.runner.run(self.step, self.parts[microbatch], received)
+        if not self.runner.last or self.forward_only:
+            return output
+        assert isinstance(self.step, Losses)
+        return self.step.take(output)

@@ -1,0 +1,62 @@
+"""Whole tensors from the parts that ranks hold, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..mesh.groups import MeshGroups
+from ..plan import Plan
+from .storage import Storage
+
+
+def gather_params(storage: Storage, plan: Plan, groups: MeshGroups) -> dict[str, Tensor]:
+    """Return every parameter of the unsplit model, under all of its names, on every rank.
+
+    Communication: gathers each parameter over tp and dp, then shares them over stages.
+    """
+    own: dict[str, Tensor] = {}
+    for entry in storage:
+        if groups.pp_rank == min(entry.plan.stages):
+            own[entry.name] = entry.wrap(entry.local, storage.mesh).full_tensor()
+    everything = _share(own, groups) if len(plan.stages) > 1 else own
+    for param in plan.params:
+        for alias in param.aliases:
+            everything[alias] = everything[param.name]
+    return everything
+
+
+def _share(own: dict[str, Tensor], groups: MeshGroups) -> dict[str, Tensor]:
+    """Give every stage's tensors to all stages."""
+    everything: dict[str, Tensor] = {}
+    for stage in range(groups.sizes.pp):
+        source = dist.get_global_rank(groups.pp, stage)
+        here = stage == groups.pp_rank
+        box: list[Any] = [[(n, tuple(t.shape), t.dtype) for n, t in own.items()] if here else None]
+        dist.broadcast_object_list(box, src=source, group=groups.pp, device=groups.device)
+        for name, shape, dtype in box[0]:
+            value = (
+                own[name].contiguous()
+                if here
+                else torch.empty(shape, dtype=dtype, device=groups.device)
+            )
+            dist.broadcast(value, src=source, group=groups.pp)
+            everything[name] = value
+    return everything
+
+
+def copy_into(view: Tensor, full: Tensor) -> None:
+    """Copy this rank's part of the whole tensor ``full`` into the memory of ``view``.
+
+    Communication: none.
+    """
+    assert isinstance(view, DTensor)
+    part = distribute_tensor(
+        full.to(view.device), view.device_mesh, view.placements, src_data_rank=None
+    )
+    with torch.no_grad():
+        view._local_tensor.copy_(part._local_tensor)
