@@ -49,7 +49,7 @@ class Cell:
 
 def product(sizes: Sequence[int] = (1, 2)) -> list[Cell]:
     cells = itertools.product(ZOO, sizes, sizes, sizes, ("ddp", "fsdp"), MICROBATCHES)
-    return [c for c in map(lambda x: Cell(*x), cells) if c.tp <= ZOO[c.model].max_tp]
+    return [c for c in itertools.starmap(Cell, cells) if c.tp <= ZOO[c.model].max_tp]
 
 
 def covering(cells: Sequence[Cell]) -> list[Cell]:
@@ -115,10 +115,13 @@ def write(cells: Sequence[Cell], failed: Sequence[Cell], minutes: float) -> None
     lines = [
         "# The parity matrix",
         "",
-        "`make matrix`: every cell is one `nemo2.verify` in float64 at 1e-9 against the unsplit model on one",
-        "device (loss, every gradient, gradient norm, weights after one AdamW step), on gloo processes.",
+        "`make matrix`: every cell is one `nemo2.verify` in float64 at 1e-9 against the unsplit"
+        " model on one",
+        "device (loss, every gradient, gradient norm, weights after one AdamW step), on gloo"
+        " processes.",
         "",
-        f"torch {torch.__version__.split('+')[0]}, Python {sys.version.split()[0]}, {minutes:.0f} minutes on 2 cores: "
+        f"torch {torch.__version__.split('+')[0]}, Python {sys.version.split()[0]},"
+        f" {minutes:.0f} minutes on 2 cores: "
         f"{len(cells) - len(failed)} of {len(cells)} cells equal one device.",
         "",
         "Each entry: cells equal / cells, over (ddp, fsdp) and 1, 2, 5 and 8 microbatches.",

@@ -193,8 +193,8 @@ def llama(*, tied: bool = False, heads: int = 4, kv_heads: int = 2) -> nn.Module
 def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    nothing = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    ends = dict(bos_token_id=0, eos_token_id=0)
+    nothing = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
     config = GPT2Config(
         vocab_size=VOCAB, n_positions=16, n_embd=WIDTH, n_layer=3, n_head=4, **nothing, **ends
     )
@@ -216,10 +216,9 @@ class Case:
 
 
 def example_gpt() -> nn.Module:
-    from examples.gpt import GPT as ExampleGPT
-    from examples.gpt import GPTConfig
+    from examples import gpt
 
-    return ExampleGPT(GPTConfig(vocab=VOCAB, width=WIDTH, heads=4, layers=3, length=16))
+    return gpt.GPT(gpt.GPTConfig(vocab=VOCAB, width=WIDTH, heads=4, layers=3, length=16))
 
 
 ZOO: dict[str, Case] = {

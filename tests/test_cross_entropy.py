@@ -48,7 +48,8 @@ def compare(logits: Tensor, target: Tensor, tolerance: float, **options: Any) ->
     upstream = torch.randn_like(expected)
     expected.backward(upstream)
     got.backward(upstream.to(got.device))
-    assert whole.grad is not None and local.grad is not None
+    assert whole.grad is not None
+    assert local.grad is not None
     dim = 1 if logits.dim() > 1 else 0
     reference = whole.grad.chunk(dist.get_world_size(), dim)[dist.get_rank()]
     torch.testing.assert_close(local.grad.cpu(), reference, **close)

@@ -253,8 +253,8 @@ def refusals(device):
     _, parallel = build({"tp": 2}, "ddp", device, microbatches=1)
     messages = []
     for attempt in (
-        lambda: torch.func.grad(lambda x: parallel(x))(torch.ones(2, 2)),
-        lambda: parallel.half(),
+        lambda: torch.func.grad(parallel)(torch.ones(2, 2)),
+        parallel.half,
         lambda: nemo2.value_and_grad(next_token, parallel)({}, token_ids(2)),
         lambda: parallel.backward(lambda m, x: m(x), token_ids(2)),
         lambda: parallel.backward(lambda m, x: 1.0, token_ids(2)),

@@ -57,7 +57,7 @@ def test_fewer_kv_heads_than_ranks(pool):
 
 @pytest.mark.timeout(300)
 def test_more_stages(pool):
-    """Three and four stages: middle ones, counts that do not divide, fewer microbatches than stages."""
+    """Middle stages, counts that do not divide, fewer microbatches than stages."""
     three = [
         Cell(m, 1, 3, 1, "ddp", mb) for m in ("gpt", "skip argument", "skip glue") for mb in (1, 2)
     ]
