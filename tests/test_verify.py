@@ -116,13 +116,13 @@ BUGS = {
         tied,
     ),
     "a bias added on every rank": (
-        "nemo2.pipeline.runner.rowwise_linear",
+        "nemo2.pipeline.forwards.rowwise_linear",
         bias_everywhere,
         {"tp": 2},
         tied,
     ),
     "a region entered without its backward": (
-        "nemo2.pipeline.runner.vary_once",
+        "nemo2.pipeline.forwards.vary_once",
         lambda x, axis: x,
         {"tp": 2},
         tied,

@@ -218,7 +218,7 @@ def absent_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
             f"{user_line()}\n"
             "  options: build the result out of place (torch.cat, torch.where), or inside a block"
         )
-    device = next(x.home for x in _tensors((args, kwargs)) if type(x) is Absent)
+    device = next(x.home for x in tree_leaves((args, kwargs)) if type(x) is Absent)
     if name == "device":
         return device
     if name == "requires_grad" and isinstance(first, Absent):
@@ -262,10 +262,6 @@ def _without_device(
     if not kept and not kwargs:
         kept = [args[0].meta.dtype]
     return (args[0], *kept), kwargs, device
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def to_meta(tree: Any) -> Any:

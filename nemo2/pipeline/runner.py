@@ -14,9 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C import _len_torch_function_stack
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -24,20 +22,11 @@ from ..errors import PipelineError
 from ..mesh.groups import MeshGroups
 from ..plan import Plan, StepPlan
 from ..pytree import tree_flatten, tree_leaves, tree_unflatten
-from ..sharding.actions import (
-    Action,
-    Emulate,
-    Script,
-    pause,
-    resume,
-    rowwise_linear,
-    run_action,
-    suspended,
-    vary_once,
-)
+from ..sharding.actions import Emulate, Script, pause, resume, suspended
 from ..sharding.collectives import Axis, gather
 from .absent import Absent, is_absent, resolve
 from .boundary import Boundary, TensorSpec
+from .forwards import plain_forward, quiet_forward
 from .stages import Crossing
 
 Step = Callable[[nn.Module, Any], Any]
@@ -346,59 +335,3 @@ def _modes_restored() -> Iterator[None]:
         yield
     finally:
         resume(before)
-
-
-def quiet_forward(module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward that its caller's script does not count."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with suspended():
-            return original(*args, **kwargs)
-
-    return forward
-
-
-def plain_forward(
-    module: nn.Module, original: Callable[..., Any], action: Action, axis: Axis
-) -> Callable[..., Any]:
-    """Return the planned forward of an ``nn.Linear`` or ``nn.Embedding``."""
-    if (
-        action.kind == "call"
-        and isinstance(module, nn.Linear)
-        and [f.steps for f in action.fixes] == [(("vary", None),)]
-    ):
-
-        def local(x: Tensor) -> Tensor:
-            return F.linear(vary_once(x, axis), module.weight, module.bias)
-
-    elif action.kind == "rowwise" and not action.fixes:
-
-        def local(x: Tensor) -> Tensor:
-            return rowwise_linear(x, module.weight, module.bias, axis)  # type: ignore[arg-type]
-
-    elif isinstance(module, nn.Linear):
-
-        def local(x: Tensor) -> Tensor:
-            return run_action(action, axis, F.linear, (x, module.weight, module.bias), {})  # type: ignore[no-any-return]
-
-    else:
-
-        def local(x: Tensor) -> Tensor:
-            args = (x, module.weight, module.padding_idx, module.max_norm, module.norm_type)
-            return run_action(  # type: ignore[no-any-return]
-                action, axis, F.embedding, (*args, module.scale_grad_by_freq, module.sparse), {}
-            )
-
-    def planned(x: Tensor) -> Tensor:
-        x = resolve(x)
-        if is_absent(module.weight) or is_absent(x):
-            return original(x)  # type: ignore[no-any-return]
-        return local(x)
-
-    def forward(input: Tensor) -> Tensor:
-        if not _len_torch_function_stack():
-            return planned(input)
-        with suspended():
-            return planned(input)
-
-    return forward

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ShardingError
 from ..pipeline.absent import is_inplace, user_line
-from ..pytree import tree_leaves
+from ..pytree import tensors
 from .actions import Action, Fix
 from .calls import Call, Decision, Operand, Outcome, refuse
 from .contractions import (
@@ -117,7 +117,7 @@ def _is_elementwise(call: Call) -> bool:
     leaves = call.fresh()
     with _Ops() as ops:
         out = call.rerun(leaves)
-    shapes = {tuple(x.shape) for x in tree_leaves(out) if isinstance(x, Tensor)}
+    shapes = {tuple(x.shape) for x in tensors(out)}
     try:
         broadcast = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
             *(op.meta.shape for op in call.operands)
@@ -128,7 +128,7 @@ def _is_elementwise(call: Call) -> bool:
 
 
 def _pointwise_rule(call: Call, out: Any) -> Outcome:
-    outs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+    outs = tensors(out)
     if not outs:
         return Outcome()
     ndim, shape = outs[0].ndim, outs[0].shape
@@ -197,7 +197,7 @@ def _view_rule(call: Call, out: Any) -> Outcome:
         return _pointwise_rule(call, out)
     leaves = call.fresh()
     root = leaves[source.leaves[0]]
-    outs = [x for x in tree_leaves(call.rerun(leaves)) if isinstance(x, Tensor)]
+    outs = tensors(call.rerun(leaves))
     dims = [_kept(call.name, source, root, x, call.degree) for x in outs]
     sized = any(op.dim is not None for op in call.operands[1:])
     if not root.numel() or sized or any(d is None for d in dims):
@@ -320,7 +320,7 @@ def _reduce_rule(call: Call, out: Any) -> Outcome:
         return call.gather()
     value = _dim_arg(call)
     dims = _dims(value, x.ndim)
-    outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+    outs = tensors(out)
     keep = outs[0].ndim == x.ndim
     if x.dim in dims:
         if call.name in ("sum", "mean"):
