@@ -34,6 +34,8 @@ dist.all_reduce(value)
 watchdog = Watchdog(Patience(stale=stale, grace=3))
 for step in range(60):
     with watchdog.guard(step):
+        if mode == "stop" and step == 5:
+            print("there", flush=True)
         if rank == chosen and step == 5:
             time.sleep(2.0)  # a few signs of life: the others know the step
             if mode == "kill":
@@ -157,3 +159,24 @@ def test_torchrun_names_rank_and_step() -> None:
     )
     assert done.returncode != 0
     assert "rank 1, step 5: its process died" in done.stderr
+
+
+def test_sigterm_ends_ranks_that_wait_in_a_collective() -> None:
+    """Python's handler runs in the main thread only, which here waits for a stopped rank."""
+    ranks = start("stop", 1, stale=60.0)
+    others = [rank for rank in range(WORLD) if rank != 1]
+    try:
+        for rank in range(WORLD):
+            out = ranks[rank].stdout
+            assert out is not None
+            assert out.readline() == "there\n"
+        time.sleep(4.0)  # rank 1 stops after two of them
+        for rank in others:
+            ranks[rank].terminate()
+        ended = finish(ranks, 20, skip=1)
+    finally:
+        for process in ranks:
+            process.kill()
+    for rank in others:
+        assert ended[rank].code == 128 + signal.SIGTERM
+        assert "told to end (SIGTERM) in a collective of step 5" in ended[rank].err

@@ -11,6 +11,7 @@ import json
 import multiprocessing.util
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -88,6 +89,7 @@ class Watchdog:
     """
 
     def __init__(self, patience: Patience | None = None) -> None:
+        self._signals: tuple[socket.socket, socket.socket] | None = None
         self.step = 0
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.patience = patience or Patience.from_environment()
@@ -293,7 +295,7 @@ class Watchdog:
 
     def _judge(self) -> None:
         patience, tick = self.patience, 0.25
-        silent, answered = 0.0, self._answered
+        silent, answered, told = 0.0, self._answered, 0.0
         while self._record is None:
             if self._ended.wait(tick) or self._unwatched:
                 return
@@ -302,6 +304,10 @@ class Watchdog:
             answered = self._answered
             if silent > patience.stale and self._record is None:
                 self._record = self._without_store(f"has not answered for {silent:.0f} s")
+            told += tick if told or self._was_told_to_end() else 0.0
+            if told > 3.0:  # Python runs the handler in the main thread, which waits for others
+                _say(f"rank {self.rank}: told to end (SIGTERM) in a collective of step {self.step}")
+                os._exit(128 + signal.SIGTERM)
         if not self._own:
             _say(str(self._record.error(self.rank, self.step)))
             threading.Thread(target=_abort_groups, daemon=True).start()
@@ -324,6 +330,17 @@ class Watchdog:
         if main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             # A launcher sends it as soon as one rank died; stay long enough to say which.
             signal.signal(signal.SIGTERM, self._told_to_end)
+            self._signals = socket.socketpair()
+            for end in self._signals:
+                end.setblocking(False)
+            if (other := signal.set_wakeup_fd(self._signals[1].fileno())) != -1:
+                signal.set_wakeup_fd(other)
+
+    def _was_told_to_end(self) -> bool:
+        """Say whether SIGTERM has arrived; any thread sees it, whatever the main one does."""
+        with suppress(BlockingIOError):
+            return self._signals is not None and signal.SIGTERM in self._signals[0].recv(64)
+        return False
 
     def _unhook(self) -> None:
         atexit.unregister(self.stop)
@@ -332,6 +349,10 @@ class Watchdog:
         main = threading.current_thread() is threading.main_thread()
         if main and signal.getsignal(signal.SIGTERM) == self._told_to_end:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if self._signals is not None:
+                own = self._signals[1].fileno()
+                if (current := signal.set_wakeup_fd(-1)) != own:
+                    signal.set_wakeup_fd(current)  # somebody else's by now
 
     def _uncaught(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
