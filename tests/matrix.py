@@ -7,9 +7,12 @@ a covering design in which every pair of options occurs.
 from __future__ import annotations
 
 import itertools
+import os
+import queue
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,29 +89,45 @@ def check_one(cell: Cell, dtype: torch.dtype, device: str) -> tuple[bool, str]:
 
 
 def main() -> int:
-    from tests.pool import Pool
-
     cells = product()
-    started, failed = time.time(), []
-    pool = Pool()
-    try:
-        for world in sorted({c.world for c in cells}):
-            same = [c for c in cells if c.world == world]
-            for i in range(0, len(same), 16):
-                part = same[i : i + 16]
-                results = pool.run(world, check, part, torch.float64, "cpu", timeout=600)[0]
-                failed += [(c, text) for c, (ok, text) in zip(part, results, strict=True) if not ok]
-                print(
-                    f"{world} ranks: {i + len(part)}/{len(same)}, {len(failed)} differ", flush=True
-                )
-    finally:
-        pool.close()
-    minutes = (time.time() - started) / 60
-    write(cells, [c for c, _ in failed], minutes)
+    started = time.time()
+    jobs = [
+        same[i : i + 16]
+        for world in (8, 4, 2, 1)
+        for same in [[c for c in cells if c.world == world]]
+        for i in range(0, len(same), 16)
+    ]
+    waiting = queue.SimpleQueue()
+    for job in jobs:
+        waiting.put(job)
+    failed: list[tuple[Cell, str]] = []
+    at_once = max(1, (os.cpu_count() or 1) // 10)
+    with ThreadPoolExecutor(at_once) as threads:
+        for done in [threads.submit(_drain, waiting, failed, len(jobs)) for _ in range(at_once)]:
+            done.result()
+    write(cells, [c for c, _ in failed], (time.time() - started) / 60)
     for cell, text in failed:
         print(cell, text, sep="\n")
     print(f"{len(cells) - len(failed)} passed, {len(failed)} failed")
     return 1 if failed else 0
+
+
+def _drain(waiting: Any, failed: list[tuple[Cell, str]], jobs: int) -> None:
+    """Run jobs on a pool of its own until none is left."""
+    from tests.pool import Pool
+
+    pool = Pool()
+    try:
+        while True:
+            try:
+                job = waiting.get_nowait()
+            except queue.Empty:
+                return
+            results = pool.run(job[0].world, check, job, torch.float64, "cpu", timeout=600)[0]
+            failed += [(c, text) for c, (ok, text) in zip(job, results, strict=True) if not ok]
+            print(f"{jobs - waiting.qsize()}/{jobs} jobs begun, {len(failed)} differ", flush=True)
+    finally:
+        pool.close()
 
 
 def write(cells: Sequence[Cell], failed: Sequence[Cell], minutes: float) -> None:
@@ -121,7 +140,7 @@ def write(cells: Sequence[Cell], failed: Sequence[Cell], minutes: float) -> None
         " processes.",
         "",
         f"torch {torch.__version__.split('+')[0]}, Python {sys.version.split()[0]},"
-        f" {minutes:.0f} minutes on 2 cores: "
+        f" {minutes:.0f} minutes on {os.cpu_count()} cores: "
         f"{len(cells) - len(failed)} of {len(cells)} cells equal one device.",
         "",
         "Each entry: cells equal / cells, over (ddp, fsdp) and 1, 2, 5 and 8 microbatches.",
