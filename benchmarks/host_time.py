@@ -89,7 +89,7 @@ def main() -> None:
     alone = models.GPT().to(device).layers[0]
     rows.append(("one device, nanoGPT style", *host_us(alone, small)))
     rows.append(
-        ("nemo2, emulated (nanoGPT style)", *host_us(in_model(NanoGPT(), ids, mesh), small))
+        ("nemo2, emulated (nanoGPT style)", *host_us(in_model(models.GPT(), ids, mesh), small))
     )
     if dist.get_rank() == 0:
         print(f"torch {torch.__version__}, {device}, tp={axis.degree}, {os.cpu_count()} cores")
