@@ -14,9 +14,9 @@ from nemo2 import shard
 @dataclass(frozen=True)
 class GPTConfig:
     vocab: int = 256
-    width: int = 128
+    width: int = 192
     heads: int = 4
-    layers: int = 4
+    layers: int = 2
     length: int = 128
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+import warnings
 from pathlib import Path
 
 import lightning as L
@@ -23,7 +24,7 @@ import nemo2
 
 
 class LitGPT(L.LightningModule):
-    def __init__(self, cfg: GPTConfig, steps: int, lr: float = 6e-3) -> None:
+    def __init__(self, cfg: GPTConfig, steps: int, lr: float = 3e-3) -> None:
         super().__init__()
         self.model, self.steps, self.lr, self.curve = GPT(cfg), steps, lr, []
 
@@ -68,14 +69,17 @@ def main() -> None:
     default = {1: "tp=1", 2: "tp=2", 3: "tp=2"}.get(gpus, "pp=2,tp=2")
     parser.add_argument("--mesh", default=default, help="for example dp=2,pp=2")
     parser.add_argument("--data", nargs="*", type=Path, default=None, help="text files")
-    parser.add_argument("--steps", type=int, default=320)
-    parser.add_argument("--batch", type=int, default=16, help="windows in the global batch")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=32, help="windows in the global batch")
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--microbatches", type=int, default=2 if gpus else 1)
+    parser.add_argument("--generate", type=int, default=160, help="bytes to generate at the end")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the loss curve")
     args = parser.parse_args()
 
+    warnings.filterwarnings("ignore", message=".*LeafSpec")  # lightning 2.6 under torch 2.13
     L.seed_everything(0, verbose=False)
-    cfg, sizes = GPTConfig(), nemo2.mesh.MeshSizes.of(args.mesh)
+    cfg, sizes = GPTConfig(layers=args.layers), nemo2.mesh.MeshSizes.of(args.mesh)
     train, held_out = read_bytes(args.data or default_files())
     lit = LitGPT(cfg, args.steps)
     axes = dict(sizes.items())
@@ -99,7 +103,7 @@ def main() -> None:
     check = DataLoader(Windows(held_out, cfg.length, 128, seed=1), 32 // sizes.dp)
     trainer.fit(lit, loader, check)
     reached = float(trainer.callback_metrics["held-out"])
-    text = sample(strategy.parallel_model, b"def ", cfg.length, 160)
+    text = sample(strategy.parallel_model, b"def ", cfg.length, args.generate)
     if trainer.is_global_zero:
         curve = save_curve(lit.curve, reached, args.out / "loss.png")
         print(f"held-out: {reached:.3f} nats per byte; loss curve: {curve}")
