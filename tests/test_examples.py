@@ -1,4 +1,4 @@
-"""The example trains, prints its plan, saves its curve and generates, on meshes of its own choice."""
+"""The example trains, prints its plan, saves its curve and generates, on the meshes it is given."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ def train(tmp_path: Path, *arguments: str) -> str:
     text.write_bytes(b"the quick brown fox jumps over the lazy dog\n" * 300)
     command = [sys.executable, str(ROOT / "examples" / "train_gpt.py"), "--data", str(text)]
     options = ["--out", str(tmp_path), "--batch", "4", *arguments]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [*command, *options], capture_output=True, text=True, timeout=200, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
