@@ -14,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .errors import Nemo2Error
 from .mesh.groups import MeshGroups
+from .pipeline.absent import NeedsValueError
+from .pipeline.identity import flags, identity
 from .pipeline.megatron import Groups, run_schedule
 from .pipeline.microbatch import split_batch
 from .pipeline.program import Losses, Program
@@ -25,7 +27,7 @@ from .pytree import tree_flatten, tree_unflatten
 from .sharding.borrow import Loan, give_back, lent, make_loans
 from .sharding.reduce import gradient, norm_of, reduce_gradients, scale_gradients
 from .sharding.state import copy_into, gather_params
-from .sharding.storage import Storage, local_of
+from .sharding.storage import Storage, local_of, refuse_uses_outside
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -193,11 +195,18 @@ class ParallelModel(nn.Module):
         return loss
 
     def run_backward(
-        self, loss_fn: Step, batch: Any, *, step: int | None = None, has_aux: bool = False
+        self,
+        loss_fn: Step,
+        batch: Any,
+        *,
+        step: int | None = None,
+        has_aux: bool = False,
+        key: Any = None,
     ) -> tuple[Tensor, list[Any]]:
         """Run all microbatches forward and backward; leaves reduced gradients on the entries.
 
         Returns the global loss and, on the last stage, what each loss_fn returned beside it.
+        ``key`` says when two calls are the same step; by default the function does.
         """
         self._refuse_torch_func()
         for entry in self.storage:
@@ -208,7 +217,7 @@ class ParallelModel(nn.Module):
         ]
         self.steps = self.steps + 1 if step is None else step
         with torch.enable_grad():
-            self._schedule(losses, parts, forward_only=False, key=_identity_of(loss_fn))
+            self._schedule(losses, parts, forward_only=False, key=key or identity(loss_fn))
         loss, count = self._global_loss(losses)
         step_plan = self.runner.step_plan
         partial = step_plan.partial if step_plan is not None else frozenset()
@@ -234,6 +243,7 @@ class ParallelModel(nn.Module):
 
     def _schedule(self, step: Step, parts: list[Any], *, forward_only: bool, key: Any) -> list[Any]:
         groups, runner = self.groups, self.runner
+        self.storage.follow_freezing()
         with self.storage.computing(), ExitStack() as stack:
             stack.enter_context(unfused_layers())
             step_plan = self._plan_for(step, parts[0], key)
@@ -260,28 +270,38 @@ class ParallelModel(nn.Module):
 
     def _plan_for(self, step: Step, batch: Any, key: Any) -> StepPlan | None:
         """Return the step's plan, made at the first call for these shapes; None if not needed."""
-        if self.plan.sizes.tp == 1 and self.plan.sizes.pp == 1:
+        alone = self.plan.sizes.tp == 1 and self.plan.sizes.pp == 1
+        if alone and not self.managed:
             return None
         leaves, spec = tree_flatten(batch)
         shapes = tuple(
             (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else _hashable(x) for x in leaves
         )
-        full = (key, spec, shapes, self.module.training, torch.is_grad_enabled())
+        full = (key, spec, shapes, flags(self.module), torch.is_grad_enabled())
         if full not in self._step_plans:
-            self._step_plans[full] = self._plan_step(step, batch)
+            try:
+                made = self._plan_step(step, batch)
+            except NeedsValueError:  # only what has no other layout than fsdp's may look at values
+                if not alone:
+                    raise
+                made = None
+            self._step_plans[full] = None if alone else made
             while len(self._step_plans) > 64:
                 self._step_plans.popitem(last=False)
         return self._step_plans[full]
 
     def _plan_step(self, step: Step, batch: Any) -> StepPlan:
         with self.runner.as_written(self.managed):
-            return plan_step(
+            made = plan_step(
                 self.plan,
                 self.module,
                 lambda: step(self.module, batch),
                 self.places,
                 self.groups.device,
             )
+        if self.managed:
+            refuse_uses_outside(made.trace, self.plan.blocks)
+        return made
 
     def _loans(self, step_plan: StepPlan | None) -> list[Loan]:
         """Return the loans of a step, made once for each set of borrowed parameters."""
@@ -368,10 +388,3 @@ def _hashable(x: Any) -> Any:
     except TypeError:
         return repr(x)
     return x
-
-
-def _identity_of(function: Any) -> Any:
-    """Name a function so that the same lambda written in a loop is the same step."""
-    return getattr(function, "__code__", None) or getattr(
-        getattr(function, "__func__", None), "__code__", id(function)
-    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PipelineError
-from .pipeline.absent import Absent, to_meta
+from .pipeline.absent import Absent, NeedsValueError, to_meta
 from .places import Place
 from .record import Recorder
 from .sharding.functions import watched_functions
@@ -98,7 +98,7 @@ def run_step(step: Callable[[], Any], recorder: Recorder) -> Trace:
         try:
             with recorder:
                 output = step()
-        except PipelineError:
+        except NeedsValueError:
             if recorder.degree > 1 or not recorder.after_blocks() or not recorder.block_index:
                 raise
             complete = False

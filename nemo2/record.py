@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PipelineError
-from .pipeline.absent import Absent, absent_call, is_absent, is_inplace, name_of, to_meta, user_line
+from .pipeline.absent import (
+    Absent,
+    NeedsValueError,
+    absent_call,
+    is_absent,
+    is_inplace,
+    name_of,
+    to_meta,
+    user_line,
+)
 from .pytree import tree_flatten, tree_leaves, tree_unflatten
 from .sharding.actions import Watcher, suspended
 from .sharding.calls import Call, Decision, differentiable, refuse
@@ -37,6 +46,7 @@ class Recorder(Watcher):
         self.numbers = 0
         self.position = -1
         self.param_uses: dict[str, set[int]] = {}
+        self.param_scopes: dict[str, set[tuple[str, ...]]] = {}
         self.partial_uses: dict[str, list[tuple[int, int]]] = {}
         self.full_uses: set[str] = set()
         self.values: dict[int, Value] = {}
@@ -173,6 +183,8 @@ class Recorder(Watcher):
         for x in absents:
             if x.param is not None:
                 self.param_uses.setdefault(x.param, set()).add(self.position)
+                scope = tuple(a.module for a in self.stack)
+                self.param_scopes.setdefault(x.param, set()).add(scope)
             elif id(x) in self.values:
                 self.values[id(x)].uses.add(self.position)
 
@@ -198,7 +210,7 @@ class Recorder(Watcher):
         self.stack.append(activation)
         try:
             out = forward(*args, **kwargs)
-        except PipelineError:
+        except NeedsValueError:
             if block is None or self.degree > 1:
                 raise
             with suspended():
@@ -286,6 +298,7 @@ class Recorder(Watcher):
         return Trace(
             self.root,
             self.param_uses,
+            self.param_scopes,
             self.partial_uses,
             self.full_uses,
             list(self.values.values()),

@@ -95,6 +95,7 @@ class Trace:
 
     root: Activation
     param_uses: dict[str, set[int]]
+    param_scopes: dict[str, set[tuple[str, ...]]]
     partial_uses: dict[str, list[tuple[int, int]]]
     full_uses: set[str]
     values: list[Value]

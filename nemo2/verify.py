@@ -19,12 +19,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 from torch.overrides import TorchFunctionMode
 
-from .errors import Nemo2Error
+from .errors import Nemo2Error, PipelineError
 from .functional import global_norm, value_and_grad
 from .mesh import MeshSizes, make_mesh
 from .model import ParallelModel
 from .parallelize import parallelize
 from .pipeline.microbatch import split_batch
+from .pipeline.program import checked_loss
 from .pytree import tree_map
 from .sharding.annotate import annotate
 from .sharding.storage import Entry, local_of
@@ -188,9 +189,9 @@ class _Job:
         if min(abs(g - mean) for g in got) > report.rtol * max(abs(mean), 1.0):
             return report
         note = (
-            f"the loss is the mean of {len(parts)} parts' means ({mean:.9g}),"
-            " and the parts weigh unequal counts;"
-            " return (sum, count) from loss_fn for the exact mean over the global batch"
+            f"the loss equals the mean of {len(parts)} parts' means ({mean:.9g}): either the parts"
+            " weigh unequal counts, then return (sum, count) from loss_fn for the exact mean over"
+            " the global batch, or the model mixes the samples of a part (batch statistics)"
         )
         return Report(**{**report.__dict__, "note": note})
 
@@ -273,8 +274,10 @@ def _row(name: str, value: Tensor, error: float, rtol: float, floor: float) -> R
 def _step_alone(
     model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Any]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    result = loss_fn(model, batch)
-    loss = result[0] / result[1] if isinstance(result, tuple) else result
+    total, count = checked_loss(loss_fn(model, batch))
+    loss = total / count
+    if not loss.requires_grad:
+        raise PipelineError("loss_fn returned a loss that depends on no trainable parameter")
     loss.backward()
     grads = {
         n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import optree
 import pytest
@@ -294,3 +295,103 @@ def forward_only(device):
 
 def test_forward_only(pool):
     assert pool.run(4, forward_only, pool.device) == [(True, True)] * 4
+
+
+def penalised(weight):
+    def loss_fn(model, ids):
+        loss = next_token(model, ids)
+        if weight:
+            loss = loss + weight * model.layers[0].up.weight.square().sum()
+        return loss
+
+    return loss_fn
+
+
+def switched(mesh, device):
+    """Losses from one factory, a partial made anew, a module's flag: each is its own step."""
+    model, parallel = build(mesh, "ddp", device)
+    ids, errors = token_ids(8), []
+    steps = [penalised(0.0), penalised(0.1), penalised(0.2), penalised(0.0)]
+    steps += [functools.partial(weighted, weight=w) for w in (0.0, 0.3)]
+    for loss_fn in steps:
+        loss, grads = nemo2.value_and_grad(loss_fn, parallel)(
+            parallel.params, own_part(parallel, ids)
+        )
+        alone = copy.deepcopy(model)
+        expected = loss_fn(alone, ids)
+        expected.backward()
+        errors.append(abs(loss.item() - expected.item()))
+        for name, grad in grads.items():
+            theirs = alone.get_parameter(name).grad
+            errors.append((grad.full_tensor().cpu() - theirs).abs().max().item())
+    return max(errors)
+
+
+def weighted(model, ids, weight):
+    return penalised(weight)(model, ids)
+
+
+@pytest.mark.parametrize("mesh", [{"pp": 2}, {"tp": 2}], ids=str)
+def test_a_step_that_changes_is_planned_again(pool, mesh):
+    assert max(pool.run(2, switched, mesh, pool.device)) < 1e-10
+
+
+def same_step(device):
+    _, parallel = build({"tp": 2}, "ddp", device)
+    for i in range(20):
+        parallel.backward(lambda m, b, i=i: next_token(m, b) * (i + 1), token_ids(4))
+    return len(parallel._step_plans)
+
+
+def test_a_lambda_in_a_loop_is_one_step(pool):
+    """Its default is a growing index: small numbers are told apart, the others are alike."""
+    assert pool.run(2, same_step, pool.device) == [10, 10]
+
+
+def frozen_later(mesh, kind, device):
+    model, parallel = build(mesh, kind, device)
+    frozen = [n for n in parallel.params if n.startswith(("layers.0.", "place"))]
+    for name in frozen:
+        parallel.params[name].requires_grad_(False)
+    parallel.backward(next_token, own_part(parallel, token_ids(8)))
+    alone = copy.deepcopy(model)
+    next_token(alone, token_ids(8)).backward()
+    for name, p in parallel.named_parameters():
+        if name in frozen:
+            assert p.grad is None, name
+        else:
+            theirs = alone.get_parameter(name).grad
+            torch.testing.assert_close(p.grad.full_tensor().cpu(), theirs, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_freezing_after_parallelize_is_followed(pool, kind):
+    pool.run(4, frozen_later, {"pp": 2, "dp": 2}, kind, pool.device)
+    pool.run(4, frozen_later, {"tp": 2, "dp": 2}, kind, pool.device)
+
+
+def unfrozen_later(device):
+    _, parallel = build({"tp": 2}, "ddp", device, model=Frozen())
+    parallel.params["embed.weight"].requires_grad_(True)
+    try:
+        parallel.backward(next_token, token_ids(4))
+    except nemo2.Nemo2Error as error:
+        return str(error)
+
+
+def test_unfreezing_after_parallelize_is_refused(pool):
+    for text in pool.run(2, unfrozen_later, pool.device):
+        assert "'embed.weight' were frozen when the model was split" in text
+
+
+def penalty_outside_blocks(device):
+    _, parallel = build({"dp": 2}, "fsdp", device)
+    try:
+        parallel.backward(penalised(0.1), token_ids(4))
+    except nemo2.Nemo2Error as error:
+        return str(error)
+
+
+def test_a_block_parameter_in_the_loss_under_fsdp_is_refused(pool):
+    for text in pool.run(2, penalty_outside_blocks, pool.device):
+        assert "data_parallel='ddp'" in text

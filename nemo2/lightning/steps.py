@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ..errors import Nemo2Error
 from ..model import ParallelModel
+from ..pipeline.identity import identity
 from ..pipeline.microbatch import plan_batch
 from ..pytree import tree_flatten, tree_unflatten
 from ..sharding.reduce import gradient, norm_of
@@ -33,7 +34,7 @@ def training_step(parallel: ParallelModel, batch: Any, args: Sequence[Any]) -> T
         with logs.microbatch():
             return loss_of(module.training_step(part, *args))  # type: ignore[operator]
 
-    loss, _ = parallel.run_backward(step, batch)
+    loss, _ = parallel.run_backward(step, batch, key=identity(module.training_step))
     logs.replay()
     return _Deliver.apply(loss.requires_grad_(), parallel)  # type: ignore[no-any-return,no-untyped-call]
 

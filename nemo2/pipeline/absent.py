@@ -61,6 +61,10 @@ _DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d"} | {
 _IDENTITIES = {"dropout_", "requires_grad_", "retain_grad", "cuda", "cpu"}
 
 
+class NeedsValueError(PipelineError):
+    """User code needs the value of an absent tensor."""
+
+
 class Absent(Tensor):
     """A tensor whose value lives on another rank, or is not known yet while planning.
 
@@ -119,7 +123,7 @@ class Absent(Tensor):
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise PipelineError(f"cannot pickle {self!r}: its value lives on another pipeline stage")
+        raise NeedsValueError(f"cannot pickle {self!r}: its value lives on another pipeline stage")
 
     @classmethod
     def __torch_function__(
@@ -139,7 +143,7 @@ class Absent(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        raise PipelineError(
+        raise NeedsValueError(
             f"{func} needs the value of a tensor that lives on another stage{user_line()}"
         )
 
@@ -203,7 +207,7 @@ def absent_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     name = name_of(func)
     first = args[0] if args else None
     if name in _VALUE_READS:
-        raise PipelineError(
+        raise NeedsValueError(
             f"'{name}' reads the value of a tensor that depends on parameters, and may be on"
             f" another rank{user_line()}\n"
             "  options: compute it from the batch, move it into a block or after the last block"
@@ -213,7 +217,7 @@ def absent_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     if name in _DROPOUTS and isinstance(first, Absent):
         return Absent(first.meta, first.home)
     if is_inplace(name) and isinstance(first, Tensor) and not is_absent(first):
-        raise PipelineError(
+        raise NeedsValueError(
             f"'{name}' writes a value that lives on another pipeline stage into a real tensor"
             f"{user_line()}\n"
             "  options: build the result out of place (torch.cat, torch.where), or inside a block"
@@ -233,11 +237,11 @@ def absent_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     with torch._C.DisableTorchFunctionSubclass():
         try:
             out = func(*to_meta(args), **to_meta(kwargs))
-        except PipelineError:
+        except NeedsValueError:
             raise
         except (NotImplementedError, RuntimeError) as error:
             if "meta" in str(error).lower():
-                raise PipelineError(
+                raise NeedsValueError(
                     f"'{name}' needs a value that is not on this stage{user_line()}: {error}"
                 ) from error
             raise

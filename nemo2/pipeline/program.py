@@ -29,17 +29,27 @@ class Losses:
         if self.has_aux:
             result, aux = result
             self.aux.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, aux))
-        loss, count = result if isinstance(result, tuple) else (result, 1.0)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise PipelineError(
-                f"loss_fn must return a scalar mean, or (sum, count); it returned {got}\n"
-                "  options: loss.mean() | (losses.sum(), losses.numel())"
-            )
+        loss, count = checked_loss(result)
         self.dtype = loss.dtype
         count = count.detach() if isinstance(count, Tensor) else count
         self.pairs.append((loss.detach().double().reshape(()), count))
         return loss.reshape(())
+
+
+def checked_loss(result: Any) -> tuple[Tensor, Any]:
+    """Return (loss, count) of what a loss function returned; the count of a mean is 1.
+
+    Raises: PipelineError when it is neither a scalar nor ``(sum, count)``.
+    """
+    pair = isinstance(result, tuple) and len(result) == 2
+    loss, count = result if pair else (result, 1.0)
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise PipelineError(
+            f"loss_fn must return a scalar mean, or (sum, count); it returned {got}\n"
+            "  options: loss.mean() | (losses.sum(), losses.numel())"
+        )
+    return loss, count
 
 
 class Program:

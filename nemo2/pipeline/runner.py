@@ -301,6 +301,8 @@ class StageRunner(nn.Module):
                 output = step(self.module, batch)
         except StageExit as exit:
             return exit.outputs
+        if isinstance(mode, Emulate):
+            mode.check_complete()
         if not self.last:
             raise AssertionError("the step ended before the next stage's first block")
         return self._whole(output)

@@ -287,6 +287,11 @@ class Emulate(Watcher):
                 self.capture(key, tree_leaves(out)[leaf])
         return out
 
+    def check_complete(self) -> None:
+        """Raise when the code ended before all planned calls were made."""
+        if self.count < len(self.script.calls):
+            raise self._other_path(self.count, "the end")
+
     def _other_path(self, number: int, name: str) -> Nemo2Error:
         calls = self.script.calls
         planned = f"'{calls[number]}'" if number < len(calls) else "none"

@@ -70,7 +70,7 @@ def reduce_gradients(
     Communication: one all-reduce per dtype over ``tp`` and over ``dp``, one for each tie
         group, and one of a byte per parameter over ``dp`` to agree on what was used.
     """
-    trainable = [e for e in storage if e.plan.trainable]
+    trainable = [e for e in storage if e.trainable]
     over_dp = [e for e in trainable if e.replicated_over_dp] if groups.dp_cp.size() > 1 else []
     _fill_unused(trainable, partial, ties, used)
     _agree_on_used(over_dp, groups)
@@ -86,7 +86,7 @@ def reduce_gradients(
 def scale_gradients(storage: Storage, scale: float) -> None:
     """Multiply every gradient that a run left by ``scale``."""
     if scale != 1.0:
-        trainable = [e for e in storage if e.plan.trainable]
+        trainable = [e for e in storage if e.trainable]
         grads = [g for e in trainable if (g := gradient(e)) is not None]
         if grads:
             torch._foreach_mul_(grads, scale)

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from ..errors import Nemo2Error
+from ..errors import Nemo2Error, ShardingError
 from ..mesh.groups import MeshGroups
 from ..pipeline.absent import Absent
 from ..pipeline.stages import expected_stages
 from ..places import Place
 from ..plan import ParamPlan, Plan
+from ..trace import Trace
 from .collectives import gather_single
 
 
@@ -47,6 +48,11 @@ class Entry:
     @property
     def name(self) -> str:
         return self.plan.name
+
+    @property
+    def trainable(self) -> bool:
+        """Whether this run differentiates it; the user may freeze it at any time."""
+        return self.compute.requires_grad
 
     @property
     def local(self) -> Tensor:
@@ -84,6 +90,23 @@ class Storage:
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries.values())
+
+    def follow_freezing(self) -> None:
+        """Let the next run follow ``requires_grad_(False)`` on the views since the last.
+
+        Raises: Nemo2Error for a parameter that was frozen when the model was split and is not
+            now: the plan has left its gradient out.
+        """
+        late = [e.name for e in self if e.view.requires_grad and not e.plan.trainable]
+        if late:
+            raise Nemo2Error(
+                f"{len(late)} parameters such as '{late[0]}' were frozen when the model was split, "
+                "and are trained now\n"
+                "  options: unfreeze before parallelize, and freeze after it what is to be frozen"
+            )
+        for e in self:
+            if e.compute.requires_grad != e.view.requires_grad:
+                e.compute.requires_grad_(e.view.requires_grad)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -241,3 +264,14 @@ def finish(entries: dict[str, Entry], mesh: DeviceMesh) -> Storage:
         entry.view = nn.Parameter(entry.wrap(entry.local, mesh), requires_grad=entry.plan.trainable)
         entry.show(compute=False)
     return Storage(entries, mesh)
+
+
+def refuse_uses_outside(trace: Trace, blocks: Sequence[str]) -> None:
+    """Raise when a step uses a parameter of a block outside of it: FSDP holds it split there."""
+    for name, scopes in trace.param_scopes.items():
+        block = next((b for b in blocks if name.startswith(b + ".")), None)
+        if block is not None and any(block not in scope for scope in scopes):
+            raise ShardingError(
+                f"the step uses '{name}' outside of its block '{block}', where fsdp splits it\n"
+                "  options: data_parallel='ddp' | the optimizer's weight_decay, not a penalty"
+            )
