@@ -88,7 +88,7 @@ def main() -> None:
     trainer = L.Trainer(
         strategy=strategy,
         devices=sizes.world,
-        accelerator="gpu" if gpus else "cpu",
+        accelerator="gpu" if gpus >= sizes.world else "cpu",
         max_epochs=1,
         num_sanity_val_steps=0,
         gradient_clip_val=1.0,

@@ -10,6 +10,10 @@ import pytest
 
 from tests.pool import Pool
 
+if os.environ.get("NEMO2_TEST_DEVICE", "cpu") == "cpu":
+    # The gloo suite means the CPU also on a machine with GPUs, in all processes it starts.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 
 @pytest.fixture(scope="session")
 def pool(pytestconfig: pytest.Config) -> Iterator[Pool]:
