@@ -68,7 +68,10 @@ class Worker:
         """Return the Python stacks of a worker that hangs."""
         before = self.stacks.stat().st_size
         os.kill(self.process.pid, signal.SIGUSR1)
-        time.sleep(0.3)
+        limit = time.monotonic() + 5.0
+        while self.stacks.stat().st_size == before and time.monotonic() < limit:
+            time.sleep(0.05)
+        time.sleep(0.3)  # the rest of it
         return self.stacks.read_text()[before:]
 
 

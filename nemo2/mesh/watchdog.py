@@ -305,7 +305,7 @@ class Watchdog:
             if silent > patience.stale and self._record is None:
                 self._record = self._without_store(f"has not answered for {silent:.0f} s")
             told += tick if told or self._was_told_to_end() else 0.0
-            if told > 3.0:  # Python runs the handler in the main thread, which waits for others
+            if told > 9.0:  # Python runs the handler in the main thread, which waits for others
                 _say(f"rank {self.rank}: told to end (SIGTERM) in a collective of step {self.step}")
                 os._exit(128 + signal.SIGTERM)
         if not self._own:
@@ -368,7 +368,7 @@ class Watchdog:
             self.stop()
 
     def _told_to_end(self, number: int, frame: FrameType | None) -> None:
-        limit = time.monotonic() + 1.5
+        limit = time.monotonic() + 6.0
         while self._record is None and time.monotonic() < limit:
             self._wake.set()
             time.sleep(0.05)
