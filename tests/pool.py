@@ -239,13 +239,15 @@ def _serve(pipe: Connection, stacks: str) -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with open(stacks, "a") as file:
-        faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
         pipe.send("ready")
         while True:
             try:
                 job = pipe.recv()
             except EOFError:
                 return
+            # For each job anew: a Trainer resets every signal to what Python knows of it.
+            faulthandler.unregister(signal.SIGUSR1)
+            faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
             with _clean_state():
                 _perform(pipe, job)
 
