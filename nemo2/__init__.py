@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, MeshError, Nemo2Error, PipelineError, ShardingError
 from .explain import explain
 from .functional import global_norm, grad, value_and_grad
 from .mesh import make_mesh
-from .model import ParallelModel
 from .options import ContextParallel, DataParallel, Pipeline
 from .parallelize import parallelize
 from .plan import Plan, plan
 from .sharding.annotate import annotate, shard
 from .verify import Report, verify
+
+if TYPE_CHECKING:
+    from .lightning import MegatronStrategy
+    from .model import ParallelModel
 
 __all__ = [
     "CheckpointError",
@@ -42,8 +45,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "MegatronStrategy":  # lightning is imported where it is used
+    # Lightning and DTensor are imported where they are used: they take a second.
+    if name == "MegatronStrategy":
         from .lightning import MegatronStrategy
 
         return MegatronStrategy
+    if name == "ParallelModel":
+        from .model import ParallelModel
+
+        return ParallelModel
     raise AttributeError(f"module 'nemo2' has no attribute {name!r}")

@@ -6,10 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from math import prod
+from typing import TYPE_CHECKING
 
 from .communication import boundary_bytes, collectives
-from .model import ParallelModel
 from .plan import ParamPlan, Plan, StepPlan
+
+if TYPE_CHECKING:
+    from .model import ParallelModel
 
 
 def explain(model_or_plan: ParallelModel | Plan) -> str:
@@ -19,7 +22,7 @@ def explain(model_or_plan: ParallelModel | Plan) -> str:
     >>> print(nemo2.explain(nemo2.plan(torch.nn.Linear(4, 8), "dp=2")).splitlines()[0])
     mesh pp=1 dp=2 cp=1 tp=1 (2 ranks), data_parallel=fsdp, microbatches=1, schedule=1f1b
     """
-    plan = model_or_plan.plan if isinstance(model_or_plan, ParallelModel) else model_or_plan
+    plan = model_or_plan if isinstance(model_or_plan, Plan) else model_or_plan.plan
     return tables(plan)
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import Nemo2Error
-from .model import ParallelModel
-from .sharding.reduce import gradient, norm_of
-from .sharding.storage import local_of
+
+if TYPE_CHECKING:
+    from .model import ParallelModel
 
 LossFn = Callable[[nn.Module, Any], Any]
 
@@ -36,6 +36,8 @@ def value_and_grad(
 
     Communication: that of one training step.
     """
+
+    from .sharding.reduce import gradient
 
     def fn(params: Mapping[str, Tensor], batch: Any, *, step: int = 0) -> Any:
         with _using(model, params):
@@ -75,12 +77,16 @@ def global_norm(grads: Mapping[str, Tensor], model: ParallelModel) -> Tensor:
 
     Communication: one all-reduce of a scalar over the world.
     """
+    from .sharding.reduce import norm_of
+
     return norm_of(grads, model.storage, model.groups)
 
 
 @contextmanager
 def _using(model: ParallelModel, params: Mapping[str, Tensor]) -> Iterator[None]:
     """Run with the values of ``params`` in the model's memory, and put its own back."""
+    from .sharding.storage import local_of
+
     _check(model, params)
     saved: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():

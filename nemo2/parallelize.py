@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -11,12 +11,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .mesh.groups import MeshGroups, stage_group
-from .model import ParallelModel
 from .options import Pipeline
-from .pipeline.runner import StageRunner
 from .places import places
 from .plan import Plan, plan
-from .sharding.storage import check_same_everywhere, finish, place, shard_over_dp, storage_mesh
+
+if TYPE_CHECKING:
+    from .model import ParallelModel
 
 _PIPELINE = Pipeline()
 
@@ -47,6 +47,11 @@ def parallelize(
     Communication: one broadcast of each parameter and buffer from the first rank.
     Raises: Nemo2Error and its subclasses, from the plan, on all ranks alike.
     """
+    # DTensor, which these need, takes half a second to import.
+    from .model import ParallelModel
+    from .pipeline.runner import StageRunner
+    from .sharding.storage import check_same_everywhere, finish, place, shard_over_dp, storage_mesh
+
     planned = plan(model, mesh, data_parallel=data_parallel, pipeline=pipeline, **options)
     groups = MeshGroups.of(mesh)
     check_same_everywhere(planned, groups)

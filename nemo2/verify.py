@@ -10,25 +10,26 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard
 from torch.overrides import TorchFunctionMode
 
 from .errors import Nemo2Error, PipelineError
 from .functional import global_norm, value_and_grad
 from .mesh import MeshSizes, make_mesh
-from .model import ParallelModel
 from .parallelize import parallelize
 from .pipeline.microbatch import split_batch
 from .pipeline.program import checked_loss
 from .pytree import tree_map
 from .sharding.annotate import annotate
-from .sharding.storage import Entry, local_of
+
+if TYPE_CHECKING:
+    from .model import ParallelModel
+    from .sharding.storage import Entry
 
 _RTOL = {torch.float64: 1e-9, torch.float32: 1e-5}
 _EPS = {torch.float64: 1e-6}  # of AdamW: a gradient of zero must not become a step of lr
@@ -287,6 +288,10 @@ def _step_alone(
 
 def _error(value: Tensor, reference: Tensor, entry: Entry, parallel: ParallelModel) -> float:
     """Return the norm of the difference of this rank's part; not finite counts as infinite."""
+    from torch.distributed.tensor import Shard
+
+    from .sharding.storage import local_of
+
     part = reference.detach()
     for placement, group in zip(
         entry.placements, (parallel.groups.tp, parallel.groups.dp_cp), strict=True

@@ -33,6 +33,8 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 SIZE = 8  # workers kept for reuse; larger worlds spawn more
 SPAWN_SECONDS = 240.0
 GRACE_SECONDS = 5.0  # how long ranks may take to follow a rank that failed
+# With 2, four ranks share two GPUs as if on two hosts: NCCL over the network instead of NVLink.
+HOSTS = int(os.environ.get("NEMO2_TEST_HOSTS", "1"))
 FORGOTTEN = ("MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "TORCHELASTIC_RUN_ID")
 
 
@@ -106,8 +108,8 @@ class Pool:
         of the ranks that hang after ``timeout`` seconds (spawning not counted).
         """
         __tracebackhide__ = True
-        if self.device == "cuda" and world_size > torch.cuda.device_count():
-            pytest.skip(f"needs {world_size} GPUs, has {torch.cuda.device_count()}")
+        if self.device == "cuda" and world_size > HOSTS * torch.cuda.device_count():
+            pytest.skip(f"needs {world_size} GPUs, has {HOSTS} x {torch.cuda.device_count()}")
         workers = self._ready(world_size)
         call = pickle.dumps((fn, args, kwargs))
         self._jobs += 1
@@ -274,16 +276,19 @@ def _perform(pipe: Connection, job: Job) -> None:
 
 
 def _join(job: Job) -> None:
+    local = torch.cuda.device_count() if HOSTS > 1 else job.world_size
     os.environ.update(
         RANK=str(job.rank),
-        LOCAL_RANK=str(job.rank),
+        LOCAL_RANK=str(job.rank % local),
         WORLD_SIZE=str(job.world_size),
-        LOCAL_WORLD_SIZE=str(job.world_size),
+        LOCAL_WORLD_SIZE=str(min(local, job.world_size)),
     )
+    if HOSTS > 1:
+        os.environ.update(NCCL_HOSTID=f"host{job.rank // local}", NCCL_SOCKET_IFNAME="lo")
     for name in FORGOTTEN:
         os.environ.pop(name, None)
     if job.device == "cuda":
-        torch.cuda.set_device(job.rank)
+        torch.cuda.set_device(job.rank % local)
     host, port = job.store
     # Gives up a little before the test process does: the traceback then says in which collective.
     patience = timedelta(seconds=max(1.0, job.timeout - 1))

@@ -10,9 +10,10 @@ import torch
 
 from tests.matrix import Cell, check, covering, product
 from tests.models import ZOO
+from tests.pool import HOSTS
 
 ON_GPUS = os.environ.get("NEMO2_TEST_DEVICE") == "cuda"
-LARGEST = torch.cuda.device_count() if ON_GPUS else 8
+LARGEST = HOSTS * torch.cuda.device_count() if ON_GPUS else 8
 CELLS = [c for c in product() if c.world <= LARGEST]
 DESIGN = covering(CELLS)
 WORLDS = sorted({c.world for c in DESIGN})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -289,3 +291,19 @@ def test_weights_come_from_the_first_rank(pool):
     assert torch.equal(a, b)
     assert torch.equal(a, first)
     assert not torch.equal(first, second)
+
+
+def test_import_is_quiet_and_leaves_heavy_packages_for_later():
+    code = (
+        "import sys, time, torch\n"
+        "start = time.perf_counter()\n"
+        "import nemo2\n"
+        "heavy = ('megatron', 'lightning', 'torch.distributed.tensor', 'torch.distributed.fsdp')\n"
+        "assert not [n for n in sys.modules if n.startswith(heavy)]\n"
+        "assert time.perf_counter() - start < 0.5\n"
+        "assert nemo2.ParallelModel.__name__ == 'ParallelModel'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -46,6 +46,8 @@ for step in range(60):
                 os.kill(os.getpid(), signal.SIGSTOP)
             if mode == "leave":
                 sys.exit(0)
+            if mode == "short":
+                break
             if mode == "busy":
                 end = time.monotonic() + 2 * stale
                 while time.monotonic() < end:
@@ -127,6 +129,16 @@ def test_survivors_end_and_name_rank_and_step(mode: str, chosen: int, what: str)
         if rank != chosen:
             assert one.code not in (0, -signal.SIGKILL), one.err
             assert f"rank {chosen}, {what}" in one.err
+            assert "done" not in one.out
+
+
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_a_rank_whose_loop_is_shorter_is_named(chosen: int) -> None:
+    ended = finish(start("short", chosen, stale=3), 50)
+    for rank, one in enumerate(ended):
+        if rank != chosen:
+            assert one.code not in (0, -signal.SIGKILL), one.err
+            assert f"rank {chosen}, step 5: it left while other ranks" in one.err
             assert "done" not in one.out
 
 

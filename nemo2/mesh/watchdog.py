@@ -31,6 +31,7 @@ from nemo2.errors import Nemo2Error
 from nemo2.mesh.processes import host_name, lives
 
 NEIGHBOURS = 8  # ranks that one rank watches: every rank is watched, at a cost that does not grow
+_LEFT = "it left while other ranks were still running"
 LOST_PEER = ("Connection closed", "Connection reset", "Broken pipe", "NCCL", "gloo", "Timed out")
 
 
@@ -97,6 +98,7 @@ class Watchdog:
         self._record: _Record | None = None
         self._own = False  # the record is this rank's
         self._raised = False  # the main thread knows
+        self._inside = False  # a guarded step is running
         self._unwatched = False  # the store has ended, in order
         self._answered = time.monotonic()  # when the store last answered
         self._seen: dict[int, tuple[_Beat | None, float]] = {}
@@ -114,7 +116,7 @@ class Watchdog:
         Raises: Nemo2Error that names the rank that failed and its step, if it is another one;
         the step's own exception otherwise.
         """
-        self.step = step
+        self.step, self._inside = step, True
         try:
             yield
         except Exception as error:
@@ -123,6 +125,11 @@ class Watchdog:
                 raise lost from error
             self.report(self.rank, step, error)
             raise
+        except BaseException as error:  # sys.exit, or an interrupt
+            self.report(self.rank, step, f"{_LEFT} ({type(error).__name__}: {error})")
+            raise
+        finally:
+            self._inside = False
         self.check()
 
     def report(self, rank: int, step: int, error: BaseException | str) -> None:
@@ -163,7 +170,7 @@ class Watchdog:
             time.sleep(0.05)
         left = [(rank, beat.step) for rank, (beat, _) in self._seen.items() if beat and beat.left]
         if self._record is None and left:
-            self._write(_Record(*left[0], "it left while other ranks were still running"))
+            self._write(_Record(*left[0], _LEFT))
         return self.failure()
 
     def stop(self) -> None:
@@ -296,14 +303,21 @@ class Watchdog:
     def _judge(self) -> None:
         patience, tick = self.patience, 0.25
         silent, answered, told = 0.0, self._answered, 0.0
+        alone, step = 0.0, self.step
         while self._record is None:
-            if self._ended.wait(tick) or self._unwatched:
+            if self._ended.wait(tick):
                 return
             # Counted in ticks: the time that this process itself was stopped does not count.
-            silent = silent + tick if answered == self._answered else 0.0
+            waits = answered == self._answered and not self._unwatched
+            silent = silent + tick if waits else 0.0
             answered = self._answered
             if silent > patience.stale and self._record is None:
                 self._record = self._without_store(f"has not answered for {silent:.0f} s")
+            left = self._left_behind_by()
+            alone = alone + tick if left and step == self.step else 0.0
+            step = self.step
+            if left and alone > patience.stale and self._record is None:
+                self._record = left  # NCCL waits for such a rank, gloo raises
             told += tick if told or self._was_told_to_end() else 0.0
             if told > 9.0:  # Python runs the handler in the main thread, which waits for others
                 _say(f"rank {self.rank}: told to end (SIGTERM) in a collective of step {self.step}")
@@ -317,6 +331,13 @@ class Watchdog:
             return
         _say(f"rank {self.rank}: ending this process, which did not end by itself")
         os._exit(1)
+
+    def _left_behind_by(self) -> _Record | None:
+        """Return a rank that has left before the step that this one is running, if there is one."""
+        if not self._inside:
+            return None
+        known = [(rank, beat.step) for rank, (beat, _) in self._seen.items() if beat and beat.left]
+        return next((_Record(*k, _LEFT) for k in known if k[1] < self.step), None)
 
     # The ways in which a process ends
 
