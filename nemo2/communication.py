@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .sharding.actions import Action
-from .trace import Activation, Event, Trace
+from .sharding.layout import AXES, Layout
+from .trace import Activation, Entry, Event, Trace
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -21,12 +22,15 @@ class Collective:
     """One collective of one microbatch, on one rank.
 
     Attributes:
+        axis: ``"tp"`` or ``"cp"``.
         module: whose forward asks for it (``""`` is the step itself); ``call``: the torch call.
-        direction: ``"forward"`` or ``"backward"``; ``kind``: all-reduce, all-gather.
-        shape: of the tensor that is reduced, or gathered; ``nbytes`` of it.
+        direction: ``"forward"`` or ``"backward"``; ``kind``: all-reduce, all-gather,
+            reduce-scatter, all-to-all or exchange (with neighbours).
+        shape: of the whole that is reduced, gathered or exchanged; ``nbytes`` of it.
         small: of the size of a token count rather than of an activation.
     """
 
+    axis: str
     module: str
     call: str
     direction: str
@@ -40,54 +44,140 @@ class Collective:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def collectives(trace: Trace, degree: int) -> tuple[Collective, ...]:
-    """Return the tensor-parallel collectives of one microbatch's forward and backward."""
-    if degree == 1:
-        return ()
-    varied: list[object] = [None]
-    found: list[Collective] = []
-    for activation, event in _events(trace.root):
-        if event.action is not None:
-            found += _of_event(activation, event, event.action, varied, degree)
-    return tuple(found)
+@dataclass
+class _Reader:
+    """Reads the collectives of one microbatch off a trace, in the order of the forward."""
 
+    degrees: tuple[int, int]
+    entered: object = None
 
-def _events(activation: Activation) -> Iterator[tuple[Activation, Event]]:
-    for item in activation.items:
-        if isinstance(item, Event):
-            yield activation, item
-        else:
-            yield from _events(item)
+    def read(self, activation: Activation) -> Iterator[Collective]:
+        for entry in activation.entries:
+            yield from self._edge(activation, entry)
+        for item in activation.items:
+            if isinstance(item, Activation):
+                yield from self.read(item)
+            elif item.action is not None:
+                yield from self._event(activation.module, item, item.action)
+        for entry in activation.exits:
+            yield from self._edge(activation, entry)
 
+    def _edge(self, activation: Activation, entry: Entry) -> Iterator[Collective]:
+        for step, axis, layout in entry.steps:
+            shape = self._shape(entry.shape, axis, layout)
+            for direction, kind in _STEPS[axis][step]:
+                if direction == "forward" or entry.wants_grad:
+                    yield Collective(
+                        axis, activation.module, "(edge)", direction, kind, shape, entry.dtype
+                    )
 
-def _of_event(
-    activation: Activation, event: Event, action: Action, varied: list[object], degree: int
-) -> Iterator[Collective]:
-    """Yield the collectives of one call; inputs that several calls share vary once."""
+    def _shape(self, shape: tuple[int, ...], axis: str, layout: Any) -> tuple[int, ...]:
+        """Return what one collective over ``axis`` moves: over tp, one part of cp."""
+        cp = self.degrees[0]
+        same = axis == "tp" and isinstance(layout, Layout) and layout.dim is not None and cp > 1
+        return tuple(s // cp if same and d == layout.dim else s for d, s in enumerate(shape))
 
-    def one(direction: str, kind: str, shape: tuple[int, ...], small: bool = False) -> Collective:
+    def _event(self, module: str, event: Event, action: Action) -> Iterator[Collective]:
         dtype = event.dtype or torch.float32
-        return Collective(activation.module, event.name, direction, kind, shape, dtype, small)
 
-    for fix in action.fixes:
-        index = event.operand_leaves.index(fix.leaves)
-        shape, key = event.global_shapes[index], event.operands[index][0]
-        grad = event.wants_grad[index]
-        for step, _ in fix.steps:
-            if step == "gather":
-                yield one("forward", "all-gather", shape)
-            elif step == "split" and grad:
-                yield one("backward", "all-gather", shape)
-            elif step in ("vary", "select") and grad:
-                if key is None or varied[0] != key or len(fix.steps) > 1:
-                    yield one("backward", "all-reduce", shape)
-                varied[0] = key
-    if action.kind in ("rowwise", "embedding", "partial"):
-        yield one("forward", "all-reduce", event.results[0])
-    elif action.kind == "cross_entropy":
-        tokens = (prod(event.global_shapes[1]),)
-        yield one("forward", "all-reduce", tokens, small=True)
-        yield one("forward", "all-reduce", tokens, small=True)
+        def one(
+            axis: str, direction: str, kind: str, shape: tuple[int, ...], small: bool = False
+        ) -> Collective:
+            return Collective(axis, module, event.name, direction, kind, shape, dtype, small)
+
+        for fix in action.fixes:
+            index = event.operand_leaves.index(fix.leaves)
+            shape, key = event.local_of_cp(index, self.degrees[0]), event.operands[index][0]
+            grad = event.wants_grad[index]
+            for step, axis, layout in fix.steps:
+                if step in ("vary", "gather_vary"):
+                    again = key is not None and self.entered == (key, layout)
+                    self.entered = (key, layout) if len(fix.steps) == 1 else None
+                    if again:
+                        continue
+                whole = event.global_shapes[index] if axis == "cp" else shape
+                for direction, kind in _STEPS[axis].get(step, ()):
+                    if direction == "forward" or grad:
+                        yield one(axis, direction, kind, whole)
+        grads = any(event.wants_grad)
+        if action.kind in ("rowwise", "embedding", "partial"):
+            over = action.value[1] if action.kind == "partial" else ("tp",)
+            for axis in over:
+                whole = event.results[0]
+                if action.scatter is not None:
+                    tp = self.degrees[1]
+                    whole = tuple(s * tp if d == action.scatter else s for d, s in enumerate(whole))
+                    yield one(axis, "forward", "reduce-scatter", whole)
+                    if grads:
+                        yield one(axis, "backward", "all-gather", whole)
+                else:
+                    yield one(axis, "forward", "all-reduce", whole)
+                    if axis == "cp" and grads:
+                        yield one(axis, "backward", "all-reduce", whole)
+        elif action.kind == "cross_entropy":
+            yield from self._loss(event, action, one)
+        elif action.kind == "attention":
+            yield from self._attention(event, action, one)
+
+    def _loss(self, event: Event, action: Action, one: Any) -> Iterator[Collective]:
+        classes, tokens = action.value
+        if classes is not None:
+            count = (prod(event.operands[1][1]) // prod(self._splits(tokens)),)
+            yield one("tp", "forward", "all-reduce", count, small=True)
+            yield one("tp", "forward", "all-reduce", count, small=True)
+        mean = not {"sum", "none"} & {x for x in event.literals if isinstance(x, str)}
+        for axis, _ in tokens:
+            if "none" in event.literals:
+                yield one(axis, "forward", "all-gather", event.global_shapes[1], small=True)
+                continue
+            yield one(axis, "forward", "all-reduce", (), small=True)
+            if axis == "cp":
+                yield one(axis, "backward", "all-reduce", (), small=True)
+            if mean:
+                yield one(axis, "forward", "all-reduce", (), small=True)
+
+    def _splits(self, tokens: Any) -> list[int]:
+        return [self.degrees[AXES.index(axis)] for axis, _ in tokens]
+
+    def _attention(self, event: Event, action: Action, one: Any) -> Iterator[Collective]:
+        cp, whole = self.degrees[0], {}
+        for name, (_, local) in zip("qkv", event.operands, strict=False):
+            whole[name] = (*local[:-2], local[-2] * cp, local[-1])
+        both = (prod(whole.get("k", whole["q"])) + prod(whole.get("v", whole["q"])),)
+        if action.value == "all_gather":
+            yield one("cp", "forward", "all-gather", both)
+            yield one("cp", "backward", "reduce-scatter", both)
+        elif action.value == "ulysses":
+            for shape in (*whole.values(), whole["q"]):
+                yield one("cp", "forward", "all-to-all", shape)
+                yield one("cp", "backward", "all-to-all", shape)
+        else:
+            part = (both[0] // cp,)
+            for _ in range(cp - 1):
+                yield one("cp", "forward", "exchange", part)
+                yield one("cp", "backward", "exchange", part)
+            for _ in range(cp):
+                yield one("cp", "backward", "exchange", part)
+
+
+_STEPS: Mapping[str, Mapping[str, tuple[tuple[str, str], ...]]] = {
+    "tp": {
+        "gather": (("forward", "all-gather"),),
+        "gather_vary": (("forward", "all-gather"), ("backward", "reduce-scatter")),
+        "split": (("backward", "all-gather"),),
+        "vary": (("backward", "all-reduce"),),
+        "select": (("backward", "all-reduce"),),
+    },
+    "cp": {"gather": (("forward", "all-gather"), ("backward", "reduce-scatter")), "split": ()},
+}
+"""What each step of a fix communicates; see ``sharding/collectives.py``."""
+
+
+def collectives(trace: Trace) -> tuple[Collective, ...]:
+    """Return the collectives over ``tp`` and ``cp`` of one microbatch's forward and backward."""
+    if trace.degrees == (1, 1):
+        return ()
+    return tuple(_Reader(trace.degrees).read(trace.root))
 
 
 def boundary_bytes(plan: Plan) -> list[int]:

@@ -166,12 +166,21 @@ def _boundaries(plan: Plan, step: StepPlan) -> str:
 
 def _collectives(plan: Plan, step: StepPlan) -> str:
     counted = Counter(
-        (_family(c.module) or "(step)", c.call, c.direction, c.kind, c.shape, c.dtype, c.nbytes)
-        for c in collectives(step.trace, plan.sizes.tp)
+        (
+            c.axis,
+            _family(c.module) or "(step)",
+            c.call,
+            c.direction,
+            c.kind,
+            c.shape,
+            c.dtype,
+            c.nbytes,
+        )
+        for c in collectives(step.trace)
     )
     rows: list[tuple[object, ...]] = [
-        ("tp", module, call, direction, kind, count, shape, f"{nbytes * count:,}")
-        for (module, call, direction, kind, shape, _, nbytes), count in counted.items()
+        (axis, module, call, direction, kind, count, shape, f"{nbytes * count:,}")
+        for (axis, module, call, direction, kind, shape, _, nbytes), count in counted.items()
     ]
     rows += [
         ("tp", n, "", "end of step", "all-reduce of gradient", 1, plan.param(n).local_shape, "")

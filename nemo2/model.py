@@ -211,7 +211,7 @@ class ParallelModel(nn.Module):
         self._refuse_torch_func()
         for entry in self.storage:
             entry.compute.grad = None
-        losses = Losses(loss_fn, has_aux)
+        losses = Losses(loss_fn, has_aux, self.groups.sizes.cp)
         parts = [
             self._to_device(b) for b in split_batch(batch, self.plan.options.pipeline.microbatches)
         ]
@@ -270,7 +270,8 @@ class ParallelModel(nn.Module):
 
     def _plan_for(self, step: Step, batch: Any, key: Any) -> StepPlan | None:
         """Return the step's plan, made at the first call for these shapes; None if not needed."""
-        alone = self.plan.sizes.tp == 1 and self.plan.sizes.pp == 1
+        sizes = self.plan.sizes
+        alone = sizes.tp == sizes.pp == sizes.cp == 1
         if alone and not self.managed:
             return None
         leaves, spec = tree_flatten(batch)
@@ -295,7 +296,8 @@ class ParallelModel(nn.Module):
             made = plan_step(
                 self.plan,
                 self.module,
-                lambda: step(self.module, batch),
+                step,
+                batch,
                 self.places,
                 self.groups.device,
             )
@@ -320,7 +322,7 @@ class ParallelModel(nn.Module):
         Communication: one all-reduce of four numbers over the world.
         """
         totals = torch.zeros(4, dtype=torch.float64, device=self.groups.device)
-        if self.runner.last and self.groups.tp_rank == 0:
+        if self.runner.last and self.groups.tp_rank == 0 and self.groups.cp_rank == 0:
             for total, count in losses.pairs:
                 totals[0] += total
                 totals[1] += count

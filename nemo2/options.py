@@ -51,7 +51,14 @@ class DataParallel:
 
 @dataclass(frozen=True)
 class ContextParallel:
-    """How attention runs over ``cp``; not built yet, ``cp`` must be 1."""
+    """How attention runs over ``cp``, which splits the sequence inside the blocks.
+
+    Args:
+        method: ``"ring"`` passes keys and values from rank to rank, ``"all_gather"`` gathers
+            them, ``"ulysses"`` splits heads instead of the sequence for the time of the attention.
+        balance: each rank holds one part from the start and one from the end of the sequence, so
+            that causal attention is the same work for all.
+    """
 
     method: str = "ring"
     balance: bool = True
@@ -63,6 +70,8 @@ class Options:
 
     data_parallel: DataParallel = DataParallel()
     pipeline: Pipeline = Pipeline()
+    context_parallel: ContextParallel = ContextParallel()
+    sequence_parallel: bool | None = None
 
     @staticmethod
     def resolve(
@@ -70,6 +79,7 @@ class Options:
         data_parallel: str | DataParallel = "fsdp",
         pipeline: Pipeline = Pipeline(),
         context_parallel: str | ContextParallel = "ring",
+        sequence_parallel: bool | None = None,
         **others: Any,
     ) -> Options:
         """Check the options of ``parallelize`` for ``sizes``.
@@ -86,15 +96,10 @@ class Options:
         problems = _unknown(dp, cp, pipeline, others) + _not_built(sizes, dp, pipeline, others)
         if problems:
             raise Nemo2Error("parallelize:\n" + "\n".join(f"  {p}" for p in problems))
-        return Options(dp, pipeline)
+        return Options(dp, pipeline, cp, sequence_parallel)
 
 
 _LATER = {
-    "sequence_parallel": (
-        None,
-        False,
-        "activations stay whole between tensor-parallel regions; use None or False",
-    ),
     "precision": (
         None,
         None,
@@ -131,10 +136,6 @@ def _not_built(
     for name, (default, also, works) in _LATER.items():
         if others.get(name, default) not in (default, also):
             problems.append(f"{name}={others[name]!r} is not built yet: {works}")
-    if sizes.cp > 1:
-        problems.append(
-            f"cp={sizes.cp}: context parallelism is not built yet; use cp=1 and more tp, pp or dp"
-        )
     if dp.kind == "zero1":
         problems.append(
             "data_parallel='zero1' is not built yet; 'fsdp' also splits the optimizer state,"

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from .edges import check_blocks, context_entries, exits_needed, shared_gathers
 from .errors import ShardingError
+from .lengths import find_lengths
 from .mesh.sizes import MeshSizes
 from .options import Options
 from .pipeline.absent import Absent
@@ -26,9 +28,9 @@ from .pipeline.stages import (
 )
 from .places import Place, places
 from .planning import planning, run_step
-from .record import Recorder
+from .record import Recorder, Setting
 from .sharding.annotate import Mark, check, collect
-from .sharding.layout import Layout
+from .sharding.layout import REPLICATED, Layout, Sharding
 from .sharding.prove import Prover, prove, vary_mixed
 from .sharding.scripts import Programs
 from .trace import BlockOutput, Trace
@@ -74,7 +76,7 @@ class StepPlan:
     boundaries: tuple[tuple[Crossing, ...], ...]
     blocks: Mapping[int, BlockOutput]
     borrowed: Mapping[str, tuple[int, ...]]
-    output: tuple[Layout, ...]
+    output: tuple[Sharding, ...]
     trace: Trace
 
 
@@ -134,7 +136,7 @@ def plan(
     result = Plan(sizes, resolved, params, blocks, stages)
     if step is not None:
         part = first_microbatch(batch, resolved.pipeline.microbatches)
-        result = replace(result, step=plan_step(result, model, lambda: step(model, part)))
+        result = replace(result, step=plan_step(result, model, step, part))
     return result
 
 
@@ -213,13 +215,15 @@ def _indivisible(name: str, shape: tuple[int, ...], dim: int, tp: int) -> str:
 def plan_step(
     plan: Plan,
     model: nn.Module,
-    step: Callable[[], Any],
+    step: Callable[[nn.Module, Any], Any],
+    batch: Any,
     where: Sequence[Place] | None = None,
     device: torch.device | None = None,
 ) -> StepPlan:
     """Plan the activations of one step: run it once with every parameter absent.
 
     Args:
+        batch: one microbatch.
         where: the places of parameters in ``model``; found when it is unsplit.
         device: what user code sees as the parameters' device; cpu by default.
 
@@ -229,27 +233,31 @@ def plan_step(
     by_name = {p.name: p for p in plan.params}
     where = places(model) if where is None else where
     home = _home(model) if device is None else device
-    blocks = {n: i for i, n in enumerate(plan.blocks)} if plan.sizes.pp > 1 else {}
+    ordered = plan.sizes.pp > 1 or plan.sizes.cp > 1
+    blocks = {n: i for i, n in enumerate(plan.blocks)} if ordered else {}
 
     def absent(name: str, local: bool = False) -> Absent:
         param = by_name[name]
         out = Absent.like(param.local_shape if local else param.shape, param.dtype, home)
-        out.param, out.needs_grad, out.tp_layout = name, param.trainable, Layout(param.tp_dim)
+        out.param, out.needs_grad = name, param.trainable
+        out.layouts = (REPLICATED, Layout(param.tp_dim))
         return out
 
-    recorder = Recorder(plan.sizes.tp, blocks)
-    with planning(model, where, absent, recorder):
-        trace = run_step(step, recorder)
+    def record(setting: Setting, given: Any = batch) -> Trace:
+        recorder = Recorder(setting, blocks)
+        with planning(model, where, absent, recorder):
+            return run_step(lambda: step(model, given), recorder)
 
     def attempt(prover: Prover) -> str | None:
         with planning(model, where, lambda name: absent(name, local=True), prover):
-            return prover.attempt(step)
+            return prover.attempt(lambda: step(model, batch))
 
-    boundaries = crossings(trace, plan.stages, plan.sizes.tp)
+    setting, trace = _settle(plan, batch, record)
+    boundaries = crossings(trace, plan.stages)
     captured = {c.key for b in boundaries for c in b}
     mixed = [n for n in trace.partial_uses if n in trace.full_uses]
     vary_mixed(trace, mixed)
-    programs = prove(trace, plan.sizes.tp, blocks, captured, attempt)
+    programs = prove(trace, setting, blocks, captured, attempt)
     borrowed: dict[str, tuple[int, ...]] = {}
     for name, uses in trace.param_uses.items():
         missing = sorted({stage_of(p, plan.stages) for p in uses} - set(by_name[name].stages))
@@ -263,6 +271,48 @@ def plan_step(
         borrowed,
         trace.output_layouts,
         trace,
+    )
+
+
+def _settle(plan: Plan, batch: Any, record: Callable[..., Trace]) -> tuple[Setting, Trace]:
+    """Plan the layouts of a step: what splits the sequence, where it is joined again."""
+    sizes, options = plan.sizes, plan.options
+    check_blocks(plan.blocks, sizes.cp)
+    alone = sizes.cp == 1 and (sizes.tp == 1 or options.sequence_parallel is False)
+    lengths = None if alone else find_lengths(batch, lambda given: record(Setting(), given))
+    setting = Setting((sizes.cp, sizes.tp), attention=options.context_parallel.method)
+    if lengths is None:
+        if sizes.cp > 1 or (options.sequence_parallel and sizes.tp > 1):
+            raise _no_sequence(plan)
+        return setting, record(setting)
+    scatter = sizes.tp > 1 and options.sequence_parallel is not False
+    setting = replace(setting, scatter=scatter, sequence=lengths.calls)
+    if sizes.cp > 1:
+        before, balance = record(Setting()), options.context_parallel.balance
+        tp = sizes.tp if scatter else 1
+        entries = context_entries(before, lengths, plan.blocks[0], sizes.cp, tp, balance)
+        setting = replace(setting, entries=entries)
+    trace = record(setting)
+    if plan.blocks:
+        exits = exits_needed(trace, plan.blocks[-1])
+        if exits:
+            setting = replace(setting, exits=exits)
+            trace = record(setting)
+    shared = shared_gathers(trace)
+    if shared:
+        both = {e: (*setting.entries.get(e, ()), *own) for e, own in shared.items()}
+        setting = replace(setting, entries={**setting.entries, **both})
+        trace = record(setting)
+    return setting, trace
+
+
+def _no_sequence(plan: Plan) -> ShardingError:
+    asked = f"cp={plan.sizes.cp}" if plan.sizes.cp > 1 else "sequence_parallel=True"
+    return ShardingError(
+        f"{asked}: the step was run on a shorter batch to find which dims are the sequence, and"
+        " could not be\n"
+        "  options: batches whose first tensor is (batch, sequence, ...), and code that takes any"
+        f" length | {'cp=1' if plan.sizes.cp > 1 else 'sequence_parallel=None'}"
     )
 
 

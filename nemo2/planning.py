@@ -99,7 +99,7 @@ def run_step(step: Callable[[], Any], recorder: Recorder) -> Trace:
             with recorder:
                 output = step()
         except NeedsValueError:
-            if recorder.degree > 1 or not recorder.after_blocks() or not recorder.block_index:
+            if recorder.axes or not recorder.after_blocks() or not recorder.block_index:
                 raise
             complete = False
     if recorder.block_index and recorder.position != len(recorder.block_index) - 1:

@@ -8,6 +8,7 @@ blocks; and what each block returned. Nothing is computed and no parameter memor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,22 +26,56 @@ from .pipeline.absent import (
     user_line,
 )
 from .pytree import tree_flatten, tree_leaves, tree_unflatten
-from .sharding.actions import Watcher, suspended
-from .sharding.calls import Call, Decision, differentiable, refuse
+from .sharding.actions import COMPOSITE, Watcher, suspended
+from .sharding.calls import Call, Decision, Scene, differentiable, refuse
+from .sharding.decide import decide
 from .sharding.functions import check_function
-from .sharding.layout import REPLICATED, Layout
-from .sharding.rules import decide, is_query
-from .trace import Activation, BlockOutput, Event, Trace, Value, identity, saved_hooks
+from .sharding.layout import AXES, WHOLE, Sharding, local_shape, sharding
+from .sharding.rules import is_query
+from .trace import (
+    Activation,
+    BlockOutput,
+    Entry,
+    Event,
+    Input,
+    Trace,
+    Value,
+    identity,
+    saved_hooks,
+)
 
 _SCALAR_READS = {"item": 1.0, "__float__": 1.0, "tolist": 1.0}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a planning run takes as given.
+
+    Attributes:
+        degrees: sizes of the axes ``(cp, tp)``.
+        scatter: whether sums over ``tp`` leave activations split along the sequence.
+        attention: the method of attention over ``cp``.
+        sequence: number of a torch call -> the sequence dims of its first result.
+        entries: (module, n-th call) -> what happens to its arguments on the way in.
+        exits: (module, n-th call) -> axes over which what it returns is gathered.
+    """
+
+    degrees: tuple[int, int] = (1, 1)
+    scatter: bool = False
+    attention: str = "ring"
+    sequence: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    entries: Mapping[tuple[str, int], tuple[Entry, ...]] = field(default_factory=dict)
+    exits: Mapping[tuple[str, int], tuple[str, ...]] = field(default_factory=dict)
 
 
 class Recorder(Watcher):
     """Watch all torch calls of one planning run."""
 
-    def __init__(self, degree: int, blocks: Mapping[str, int]) -> None:
+    def __init__(self, setting: Setting, blocks: Mapping[str, int]) -> None:
         super().__init__()
-        self.degree, self.block_index = degree, blocks
+        self.setting, self.block_index = setting, blocks
+        self.degrees = setting.degrees
+        self.axes = tuple(a for a, n in zip(AXES, self.degrees, strict=True) if n > 1)
         self.stack = [Activation("", 0, False, None)]
         self.root = self.stack[0]
         self.numbers = 0
@@ -65,6 +100,8 @@ class Recorder(Watcher):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func in COMPOSITE:
+            return self.opened(func, args, kwargs)
         name = name_of(func)
         number = self.numbers
         self.numbers += 1
@@ -85,24 +122,31 @@ class Recorder(Watcher):
     def _absent(
         self, number: int, name: str, func: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        call = Call(name, func, args, kwargs, self.degree)
+        scene = Scene(
+            self.degrees,
+            self.setting.sequence.get(number, ()),
+            self.setting.scatter and not (self.before_blocks() and self.degrees[0] > 1),
+            any(a.block is not None for a in self.stack),
+            self.setting.attention,
+        )
+        calls = [Call(name, func, args, kwargs, scene, axis) for axis in self.axes or AXES[1:]]
+        call = calls[-1]
         out = absent_call(func, args, kwargs)
-        decision = self._decide(number, call, out)
+        decision = self._decide(number, calls, out)
         outs = [x for x in tree_leaves(out) if is_absent(x)]
         grad = (
             name not in ("detach", "data")
             and (torch.is_grad_enabled() or bool(self.functions))
             and any(op.needs_grad for op in call.operands)
         )
-        layouts = decision.layouts
-        per_leaf = (layouts,) * len(outs) if isinstance(layouts, Layout) else layouts
-        for leaf, (x, layout) in enumerate(zip(outs, per_leaf, strict=True)):
+        layouts = decision.layouts if outs else ()  # a constructor gives real tensors
+        for leaf, (x, own) in enumerate(zip(outs, layouts or (WHOLE,) * len(outs), strict=True)):
             if x.key is None and x.param is None:
-                self._born(x, ("call", number, leaf), layout)
+                self._born(x, ("call", number, leaf), own)
                 x.needs_grad = grad and differentiable(x.meta)
         if grad and is_inplace(name):
             self._spread_gradient(call.operands[0].meta)
-        self.stack[-1].items.append(self._event(number, call, decision, out, outs))
+        self.stack[-1].items.append(self._event(number, calls, decision, out, outs))
         return out
 
     def _spread_gradient(self, written: Tensor) -> None:
@@ -121,10 +165,11 @@ class Recorder(Watcher):
             if any(step != "vary" for step, _ in op.steps) and _memory(op.meta) in results:
                 self.copied.add(_memory(op.meta))
 
-    def _decide(self, number: int, call: Call, out: Any) -> Decision:
-        out = to_meta(out)
-        decision = decide(call, out)
-        self._check_memory(call, out)
+    def _decide(self, number: int, calls: Sequence[Call], out: Any) -> Decision:
+        out, call = to_meta(out), calls[-1]
+        decision = decide(calls, out)
+        for own in calls:
+            self._check_memory(own, out)
         check_function(call, decision, self.functions)
         partial = {param for param, _ in decision.partial_params}
         for param, leaf in decision.partial_params:
@@ -135,15 +180,25 @@ class Recorder(Watcher):
         return decision
 
     def _event(
-        self, number: int, call: Call, decision: Decision, out: Any, outs: Sequence[Absent]
+        self,
+        number: int,
+        calls: Sequence[Call],
+        decision: Decision,
+        out: Any,
+        outs: Sequence[Absent],
     ) -> Event:
-        shapes = tuple(x.tp_layout.local_shape(tuple(x.meta.shape), self.degree) for x in outs)
+        call = calls[-1]
+        shapes = tuple(self._local(x) for x in outs)
+        layouts = tuple(
+            sharding(**{c.axis: c.operands[i].entry for c in calls})
+            for i in range(len(call.operands))
+        )
         operands = tuple(
             (
                 identity(call.leaves[op.leaves[0]]),
-                op.entry.local_shape(tuple(op.meta.shape), self.degree),
+                local_shape(tuple(op.meta.shape), own, self.degrees),
             )
-            for op in call.operands
+            for op, own in zip(call.operands, layouts, strict=True)
         )
         literals = tuple(x for x in call.leaves if not isinstance(x, Tensor))
         event = Event(
@@ -153,12 +208,14 @@ class Recorder(Watcher):
             literals,
             operands,
             shapes,
-            tuple(x.tp_layout for x in outs),
+            tuple(x.layouts for x in outs),
+            tuple(tuple(x.meta.shape) for x in outs),
         )
         event.output = self._shape_of_output(out)
         event.again = saved_hooks() is not self.stack[-1].hooks
         event.wants_grad = tuple(op.needs_grad for op in call.operands)
         event.operand_leaves = tuple(op.leaves for op in call.operands)
+        event.operand_layouts = layouts
         event.global_shapes = tuple(tuple(op.meta.shape) for op in call.operands)
         event.dtype = next(
             (op.meta.dtype for op in call.operands if op.meta.is_floating_point()), None
@@ -168,15 +225,16 @@ class Recorder(Watcher):
     def _shape_of_output(self, out: Any) -> Any:
         leaves, spec = tree_flatten(out)
         local = [
-            ("tensor", x.tp_layout.local_shape(tuple(x.meta.shape), self.degree), x.meta.dtype)
-            if is_absent(x)
-            else ("const", x)
+            ("tensor", self._local(x), x.meta.dtype) if is_absent(x) else ("const", x)
             for x in leaves
         ]
         return spec, local
 
-    def _born(self, x: Absent, key: tuple[Any, ...], layout: Layout) -> None:
-        x.key, x.tp_layout = key, layout
+    def _local(self, x: Absent) -> tuple[int, ...]:
+        return local_shape(tuple(x.meta.shape), x.layouts, self.degrees)
+
+    def _born(self, x: Absent, key: tuple[Any, ...], layouts: Sharding) -> None:
+        x.key, x.layouts = key, layouts
         self.values[id(x)] = Value(key, x, self.position, len(self.values))
 
     def _note_uses(self, absents: Sequence[Absent]) -> None:
@@ -187,6 +245,10 @@ class Recorder(Watcher):
                 self.param_scopes.setdefault(x.param, set()).add(scope)
             elif id(x) in self.values:
                 self.values[id(x)].uses.add(self.position)
+
+    def before_blocks(self) -> bool:
+        """Say whether no block has been called: there the sequence is not split over ``cp``."""
+        return bool(self.block_index) and self.position == -1
 
     def after_blocks(self) -> bool:
         """Say whether every block has been called and none is running."""
@@ -207,11 +269,13 @@ class Recorder(Watcher):
                 self._note_uses([x for x in tree_leaves((args, kwargs)) if is_absent(x)])
         activation = Activation(name, ordinal, is_leaf(module), block)
         self.stack[-1].items.append(activation)
+        with suspended():
+            args, kwargs = self._enter(activation, args, kwargs)
         self.stack.append(activation)
         try:
             out = forward(*args, **kwargs)
         except NeedsValueError:
-            if block is None or self.degree > 1:
+            if block is None or self.axes:
                 raise
             with suspended():
                 out = self._assume(module, args, kwargs)
@@ -225,7 +289,61 @@ class Recorder(Watcher):
             if block is not None:
                 out = self._leave_block(block, args, kwargs, out)
             self._rekey(name, ordinal, out, start)
-        return out
+            activation.outputs = tuple(identity(x) for x in tree_leaves(out) if is_absent(x))
+            return self._exit(activation, out)
+
+    def _enter(self, activation: Activation, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Change the layout of arguments as the setting says."""
+        leaves, spec = tree_flatten((args, kwargs))
+        activation.inputs = tuple(
+            Input(i, identity(x), tuple(to_meta(x).shape), x.dtype, is_absent(x))
+            for i, x in enumerate(leaves)
+            if isinstance(x, Tensor)
+        )
+        entries = self.setting.entries.get((activation.module, activation.ordinal), ())
+        if not entries:
+            return args, kwargs
+        for entry in entries:
+            leaves[entry.leaf] = self._relaid(leaves[entry.leaf], entry, activation)
+        activation.entries = entries
+        entered: tuple[Any, Any] = tree_unflatten(spec, leaves)
+        return entered
+
+    def _exit(self, activation: Activation, out: Any) -> Any:
+        """Gather what a module returns over the axes that the setting names."""
+        axes = self.setting.exits.get((activation.module, activation.ordinal), ())
+        leaves, spec = tree_flatten(out)
+        exits = []
+        for i, x in enumerate(leaves):
+            if is_absent(x):
+                by_axis = dict(zip(AXES, x.layouts, strict=True))
+                split = [a for a in reversed(AXES) if a in axes and not by_axis[a].replicated]
+                if split:
+                    steps = tuple(("gather", a, by_axis[a]) for a in split)
+                    made = Entry(i, steps, tuple(x.meta.shape), x.meta.dtype, x.needs_grad)
+                    exits.append(made)
+                    leaves[i] = self._relaid(x, made, activation)
+        activation.exits = tuple(exits)
+        return tree_unflatten(spec, leaves) if exits else out
+
+    def _relaid(self, x: Tensor, entry: Entry, activation: Activation) -> Absent:
+        """Return a stand-in for ``x`` in the layout that ``entry`` leads to."""
+        layouts = dict(zip(AXES, x.layouts if is_absent(x) else WHOLE, strict=True))
+        for step, axis, layout in entry.steps:
+            layouts[axis] = layouts[axis].at(None) if step.startswith("gather") else layout
+        home = x.home if is_absent(x) else x.device
+        made = self._stand_in(entry.shape, x.dtype, (layouts["cp"], layouts["tp"]), home)
+        key = ("edge", activation.module, activation.ordinal, entry.leaf, entry.steps[0][0])
+        self._born(made, key, (layouts["cp"], layouts["tp"]))
+        made.needs_grad = x.needs_grad if is_absent(x) else x.requires_grad
+        made.entered = any(step == "gather_vary" for step, _, _ in entry.steps)
+        return made
+
+    def _stand_in(
+        self, shape: tuple[int, ...], dtype: torch.dtype, layouts: Sharding, home: torch.device
+    ) -> Absent:
+        """Return a new absent tensor of a global shape, as this run sees it."""
+        return Absent.like(shape, dtype, home)
 
     def _enter_block(self, name: str, block: int, ordinal: int) -> None:
         if ordinal:
@@ -254,7 +372,7 @@ class Recorder(Watcher):
                 absent = x if is_absent(x) else Absent(to_meta(x), x.device)
                 if absent is not x:
                     leaves[i] = absent
-                    self._born(absent, ("call", -1, i), REPLICATED)
+                    self._born(absent, ("call", -1, i), WHOLE)
                 described.append(("absent", tuple(absent.meta.shape), absent.meta.dtype))
             else:
                 described.append(("const", x))
@@ -280,7 +398,7 @@ class Recorder(Watcher):
                 f"{type(module).__name__}: what this block returns cannot be planned"
             )
         out = Absent(torch.empty_like(like.meta), like.home)
-        self._born(out, ("call", -1, 0), REPLICATED)
+        self._born(out, ("call", -1, 0), WHOLE)
         return out
 
     def _use_all(self, module: nn.Module) -> None:
@@ -294,7 +412,7 @@ class Recorder(Watcher):
         leaves = tree_leaves(output)
         self.position = len(self.block_index) - 1
         self._note_uses([x for x in leaves if is_absent(x)])
-        layouts = tuple(x.tp_layout if is_absent(x) else REPLICATED for x in leaves)
+        layouts = tuple(x.layouts if is_absent(x) else WHOLE for x in leaves)
         return Trace(
             self.root,
             self.param_uses,
@@ -304,7 +422,9 @@ class Recorder(Watcher):
             list(self.values.values()),
             self.block_outputs,
             output,
+            tuple(tuple(x.shape) if isinstance(x, Tensor) else () for x in leaves),
             layouts,
+            self.degrees,
             complete,
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .pipeline.absent import Absent
 from .sharding.actions import Action
-from .sharding.layout import Layout
+from .sharding.layout import Layout, Sharding
 
 
 @dataclass
@@ -24,13 +24,20 @@ class Event:
     literals: tuple[Any, ...]
     operands: tuple[tuple[Any, tuple[int, ...]], ...]
     results: tuple[tuple[int, ...], ...]
-    layouts: tuple[Layout, ...]
+    layouts: tuple[Sharding, ...]
+    output_shapes: tuple[tuple[int, ...], ...] = ()
     global_shapes: tuple[tuple[int, ...], ...] = ()
     operand_leaves: tuple[tuple[int, ...], ...] = ()
+    operand_layouts: tuple[Sharding, ...] = ()
     wants_grad: tuple[bool, ...] = ()
     dtype: torch.dtype | None = None
     output: Any = None
     again: bool = False  # a checkpoint inside the module's forward runs it again in backward
+
+    def local_of_cp(self, index: int, cp: int) -> tuple[int, ...]:
+        """Return the shape of an operand that is whole over ``tp`` but split over ``cp``."""
+        layout = self.operand_layouts[index][0]
+        return layout.local_shape(self.global_shapes[index], cp)
 
 
 def saved_hooks() -> Any:
@@ -39,9 +46,43 @@ def saved_hooks() -> Any:
     return hooks and hooks[0]
 
 
+@dataclass(frozen=True)
+class Input:
+    """One tensor leaf of a module's arguments: which value it is, and its global shape."""
+
+    leaf: int
+    key: Any
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    absent: bool
+
+    @property
+    def floating(self) -> bool:
+        return self.dtype.is_floating_point
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A change of layout at a module's edge: steps (name, axis, layout) on one leaf.
+
+    ``shape`` (global), ``dtype`` and ``wants_grad`` are those of the value.
+    """
+
+    leaf: int
+    steps: tuple[tuple[str, str, Layout], ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    wants_grad: bool
+
+
 @dataclass
 class Activation:
-    """One call of one module's forward, with the calls that it made, in order."""
+    """One call of one module's forward, with the calls that it made, in order.
+
+    Attributes:
+        inputs, outputs: the tensors given and (by key) returned.
+        entries, exits: what nemo2 does to some of them on the way in and out.
+    """
 
     module: str
     ordinal: int
@@ -49,6 +90,10 @@ class Activation:
     block: int | None
     hooks: Any = field(default_factory=saved_hooks)
     items: list[Event | Activation] = field(default_factory=list)
+    inputs: tuple[Input, ...] = ()
+    outputs: tuple[Any, ...] = ()
+    entries: tuple[Entry, ...] = ()
+    exits: tuple[Entry, ...] = ()
 
     def events(self) -> Iterator[Event]:
         return (x for x in self.items if isinstance(x, Event))
@@ -101,5 +146,7 @@ class Trace:
     values: list[Value]
     blocks: dict[int, BlockOutput]
     output: Any
-    output_layouts: tuple[Layout, ...]
+    output_shapes: tuple[tuple[int, ...], ...]
+    output_layouts: tuple[Sharding, ...]
+    degrees: tuple[int, int]
     complete: bool

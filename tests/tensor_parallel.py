@@ -46,7 +46,7 @@ def check_build(
     torch.manual_seed(1)
     model = build().double().train(train)
     want = _run(copy.deepcopy(model), batch)
-    made = plan(model, f"tp={degree}", step=forward, batch=batch)
+    made = plan(model, f"tp={degree}", step=forward, batch=batch, sequence_parallel=False)
     assert made.step is not None
     names = needing(made.step.trace, soft=True)
     emulated = replace(
@@ -85,8 +85,8 @@ def run_plan(model: nn.Module, made: Plan, batch: Sequence[Any], axis: Axis) -> 
                 x.grad = None
             with root_of(step.programs, axis):
                 out = tree_leaves(forward(local, inputs))
-            _objective(out, step.output, axis)
-    whole = [_whole(x, step.output[i].dim, axis) for i, x in enumerate(out)]
+            _objective(out, [layouts[1] for layouts in step.output], axis)
+    whole = [_whole(x, step.output[i][1], axis) for i, x in enumerate(out)]
     grads = {n: p.grad for n, p in local.named_parameters()}
     for param in made.params:
         grad = grads[param.name]
@@ -140,7 +140,7 @@ def applied(model: nn.Module, todo: Programs, axis: Axis) -> Iterator[None]:
 
 def _emulated(original: Callable[..., Any], script: Script, axis: Axis) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with suspended(), Emulate(script, axis) as mode:
+        with suspended(), Emulate(script, {"tp": axis}) as mode:
             out = original(*args, **kwargs)
         assert mode.count == len(script.calls), (script.module, mode.count, script.calls)
         return out
@@ -163,7 +163,7 @@ def root_of(todo: Programs, axis: Axis) -> Iterator[None]:
     if script is None:
         yield
         return
-    with Emulate(script, axis) as mode:
+    with Emulate(script, {"tp": axis}) as mode:
         yield
     assert mode.count == len(script.calls), ("", mode.count, script.calls)
 
@@ -180,13 +180,14 @@ def _objective(out: list[Any], layouts: Sequence[Layout], axis: Axis | None) -> 
     roots, grads = [], []
     for i, (x, layout) in enumerate(zip(out, layouts, strict=True)):
         if isinstance(x, Tensor) and x.requires_grad:
-            shape = [
-                s * axis.degree if axis and d == layout.dim else s for d, s in enumerate(x.shape)
-            ]
+            shape = list(x.shape)
+            if axis is not None and layout.dim is not None:
+                shape[layout.dim] = shape[layout.dim] * axis.degree - layout.stored(0)
             seeded = torch.Generator().manual_seed(i)
             grad = torch.rand(shape, generator=seeded, dtype=torch.float64).to(x.dtype)
             roots.append(x)
-            grads.append(grad if axis is None else _take(grad, layout.dim, axis))
+            split = axis is not None and layout.dim is not None
+            grads.append(collectives.split(grad, layout, axis) if split else grad)
     if roots:
         torch.autograd.backward(roots, grads)
 
@@ -223,8 +224,8 @@ def _take(x: Tensor, dim: int | None, axis: Axis) -> Tensor:
     return x if dim is None else collectives.take(x, dim, axis).contiguous()
 
 
-def _whole(x: Any, dim: int | None, axis: Axis) -> Any:
+def _whole(x: Any, layout: Layout, axis: Axis) -> Any:
     if not isinstance(x, Tensor):
         return x
     x = x.detach()
-    return x if dim is None else collectives.all_gather(x, dim, axis)
+    return x if layout.dim is None else collectives.gather(x, layout, axis)

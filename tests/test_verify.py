@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from unittest import mock
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 import nemo2
-from nemo2.sharding import collectives, reduce, storage
+from nemo2.pipeline import program
+from nemo2.sharding import actions, attention, collectives, reduce, storage
 from tests.models import GPT, VOCAB, Skip, counted, next_token, token_ids
 
 
@@ -23,7 +25,7 @@ def skip():
     return Skip(glue=True)
 
 
-def run(mesh, build=tied, kind="ddp", microbatches=2, loss=next_token, device="cpu"):
+def run(mesh, build=tied, kind="ddp", microbatches=2, loss=next_token, device="cpu", **options):
     return nemo2.verify(
         build,
         token_ids(8),
@@ -32,6 +34,7 @@ def run(mesh, build=tied, kind="ddp", microbatches=2, loss=next_token, device="c
         device=device,
         data_parallel=kind,
         pipeline=nemo2.Pipeline(microbatches=microbatches),
+        **options,
     )
 
 
@@ -73,25 +76,44 @@ def norm_without_axes(entry, groups):
     return True
 
 
-def bias_everywhere(x, weight, bias, axis):
-    return collectives.reduce(torch.nn.functional.linear(x, weight, bias), axis)
+def bias_everywhere(x, weight, bias, action, axis):
+    return actions.total(torch.nn.functional.linear(x, weight, bias), action, axis)
+
+
+def no_backward(x, layout, axis):
+    return x if layout is None else collectives.gather(x, layout, axis)
+
+
+def all_pairs(what, axis, rank, other, size):
+    yield attention._Pair(slice(0, size), slice(0, size), False, None)
+
+
+def all_losses(loss_fn, has_aux, copies):
+    return program.Losses(loss_fn, has_aux)
+
+
+def wrong_half(x, dim, axis):
+    return TAKE(x, dim, dataclasses.replace(axis, rank=0))
 
 
 ALL_REDUCE, TP_PART, SCALE = collectives.all_reduce, storage._tp_part, reduce.scale_gradients
+TAKE, WHOLE = collectives.take, {"sequence_parallel": False}
 
-# name -> (what is patched, by what, mesh, model)
+# name -> (what is patched, by what, mesh, model, and options if any)
 BUGS = {
     "a missing all-reduce in backward": (
         "nemo2.sharding.collectives.all_reduce",
         no_all_reduce,
         {"tp": 2},
         tied,
+        WHOLE,
     ),
     "one all-reduce too many": (
         "nemo2.sharding.collectives.all_reduce",
         all_reduce_twice,
         {"tp": 2},
         tied,
+        WHOLE,
     ),
     "a wrong scale": ("nemo2.model.scale_gradients", scaled, {"dp": 2}, tied),
     "swapped shards": ("nemo2.sharding.storage._tp_part", swapped_shard, {"tp": 2}, tied),
@@ -122,18 +144,49 @@ BUGS = {
         tied,
     ),
     "a region entered without its backward": (
-        "nemo2.pipeline.forwards.vary_once",
-        lambda x, axis: x,
+        "nemo2.pipeline.forwards.enter_once",
+        no_backward,
         {"tp": 2},
+        tied,
+        WHOLE,
+    ),
+    "a gather whose backward is a slice": (
+        "nemo2.pipeline.forwards.enter_once",
+        no_backward,
+        {"tp": 2},
+        tied,
+    ),
+    "norms of a split sequence not summed over tp": (
+        "nemo2.sharding.reduce.all_reduce_together",
+        nothing,
+        {"tp": 2},
+        tied,
+    ),
+    "queries that see keys after them": (
+        "nemo2.sharding.attention._pairs",
+        all_pairs,
+        {"cp": 2},
+        tied,
+    ),
+    "the same part of the sequence on both ranks": (
+        "nemo2.sharding.collectives.take",
+        wrong_half,
+        {"cp": 2},
+        tied,
+    ),
+    "a loss that counts once for each part of the sequence": (
+        "nemo2.model.Losses",
+        all_losses,
+        {"cp": 2},
         tied,
     ),
 }
 
 
 def planted(name, device):
-    target, bug, mesh, build = BUGS[name]
+    target, bug, mesh, build, *options = BUGS[name]
     with mock.patch(target, bug):
-        report = run(mesh, build, device=device)
+        report = run(mesh, build, device=device, **dict(*options))
     return report.ok, report.first, str(report)
 
 

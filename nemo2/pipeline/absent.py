@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import PipelineError
 from ..pytree import tree_leaves, tree_map
-from ..sharding.layout import REPLICATED, Layout
+from ..sharding.layout import WHOLE, Sharding
 
 _REAL_CONSTRUCTORS = {
     "empty_like",
@@ -71,7 +71,8 @@ class Absent(Tensor):
     Attributes (all set by nemo2):
         meta: a meta tensor of the same shape, strides and dtype, on which operations run.
         home: the device that user code sees.
-        tp_layout: layout over the tensor-parallel axis; only the plan reads it.
+        layouts: layout over ``cp`` and over ``tp``; only the plan reads it.
+        entered: whether its gradient over ``tp`` is summed where it was gathered; plan only.
         param: the parameter's name when this stands for a parameter, else ``None``.
         bound: the received tensor that takes its place, once there.
         needs_grad: whether a gradient flows back through it; plan only.
@@ -80,7 +81,8 @@ class Absent(Tensor):
 
     meta: Tensor
     home: torch.device
-    tp_layout: Layout
+    layouts: Sharding
+    entered: bool
     param: str | None
     bound: Tensor | None
     needs_grad: bool
@@ -97,13 +99,8 @@ class Absent(Tensor):
             requires_grad=False,
         )
         out.meta, out.home = meta, device
-        out.tp_layout, out.param, out.bound, out.needs_grad, out.key = (
-            REPLICATED,
-            None,
-            None,
-            True,
-            None,
-        )
+        out.layouts, out.entered, out.param = WHOLE, False, None
+        out.bound, out.needs_grad, out.key = None, True, None
         return out
 
     @staticmethod

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _len_torch_function_stack
 
-from ..sharding.actions import Action, rowwise_linear, run_action, suspended, vary_once
-from ..sharding.collectives import Axis
+from ..pytree import tree_flatten, tree_unflatten
+from ..sharding.actions import (
+    Action,
+    Axes,
+    apply_steps,
+    enter_once,
+    rowwise_linear,
+    run_action,
+    suspended,
+)
+from ..trace import Entry
 from .absent import is_absent, resolve
 
 
@@ -24,11 +33,40 @@ def quiet_forward(module: nn.Module, original: Callable[..., Any]) -> Callable[.
     return forward
 
 
+def relay(tree: Any, entries: Sequence[Entry], axes: Axes) -> Any:
+    """Change the layout of leaves of ``tree``; absent ones stay as they are."""
+    leaves, spec = tree_flatten(tree)
+    for entry in entries:
+        x = resolve(leaves[entry.leaf])
+        if not is_absent(x):
+            leaves[entry.leaf] = apply_steps(x, entry.steps, axes)
+    return tree_unflatten(spec, leaves)
+
+
+def edged_forward(
+    module: nn.Module,
+    original: Callable[..., Any],
+    entries: Sequence[Entry],
+    exits: Sequence[Entry],
+    axes: Axes,
+) -> Callable[..., Any]:
+    """Return a forward that changes the layout of what the module gets and returns."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with suspended():
+            if entries:
+                args, kwargs = relay((args, kwargs), entries, axes)
+            out = original(*args, **kwargs)
+            return relay(out, exits, axes) if exits else out
+
+    return forward
+
+
 def plain_forward(
-    module: nn.Module, original: Callable[..., Any], action: Action, axis: Axis
+    module: nn.Module, original: Callable[..., Any], action: Action, axes: Axes
 ) -> Callable[..., Any]:
     """Return the planned forward of an ``nn.Linear`` or ``nn.Embedding``."""
-    local = _on_local_tensors(module, action, axis)
+    local = _on_local_tensors(module, action, axes)
 
     def planned(x: Tensor) -> Any:
         x = resolve(x)
@@ -45,28 +83,31 @@ def plain_forward(
     return forward
 
 
-def _on_local_tensors(module: Any, action: Action, axis: Axis) -> Callable[[Tensor], Any]:
-    vary_alone = action.kind == "call" and [f.steps for f in action.fixes] == [(("vary", None),)]
-    if vary_alone and isinstance(module, nn.Linear):
+def _on_local_tensors(module: Any, action: Action, axes: Axes) -> Callable[[Tensor], Any]:
+    tp = axes["tp"]
+    steps = [step for fix in action.fixes for step in fix.steps]
+    enters = len(steps) == 1 and steps[0][:2] in (("vary", "tp"), ("gather_vary", "tp"))
+    if action.kind == "call" and enters and isinstance(module, nn.Linear):
+        layout = steps[0][2]
 
         def local(x: Tensor) -> Any:
-            return F.linear(vary_once(x, axis), module.weight, module.bias)
+            return F.linear(enter_once(x, layout, tp), module.weight, module.bias)
 
     elif action.kind == "rowwise" and not action.fixes:
 
         def local(x: Tensor) -> Any:
-            return rowwise_linear(x, module.weight, module.bias, axis)
+            return rowwise_linear(x, module.weight, module.bias, action, tp)
 
     elif isinstance(module, nn.Linear):
 
         def local(x: Tensor) -> Any:
-            return run_action(action, axis, F.linear, (x, module.weight, module.bias), {})
+            return run_action(action, axes, F.linear, (x, module.weight, module.bias), {})
 
     else:
 
         def local(x: Tensor) -> Any:
             norm = (module.max_norm, module.norm_type, module.scale_grad_by_freq)
             args = (x, module.weight, module.padding_idx, *norm, module.sparse)
-            return run_action(action, axis, F.embedding, args, {})
+            return run_action(action, axes, F.embedding, args, {})
 
     return local

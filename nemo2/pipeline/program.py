@@ -14,10 +14,13 @@ from .runner import StageRunner, Step
 
 
 class Losses:
-    """Wraps the user's loss function: the scalar to differentiate; keeps sums and counts."""
+    """Wraps the user's loss function: the scalar to differentiate; keeps sums and counts.
 
-    def __init__(self, loss_fn: Step, has_aux: bool) -> None:
-        self.loss_fn, self.has_aux = loss_fn, has_aux
+    ``copies``: ranks that hold the same loss and whose gradients are summed (``cp``).
+    """
+
+    def __init__(self, loss_fn: Step, has_aux: bool, copies: int = 1) -> None:
+        self.loss_fn, self.has_aux, self.copies = loss_fn, has_aux, copies
         self.pairs: list[tuple[Tensor, Any]] = []
         self.aux: list[Any] = []
         self.dtype = torch.float32
@@ -33,7 +36,7 @@ class Losses:
         self.dtype = loss.dtype
         count = count.detach() if isinstance(count, Tensor) else count
         self.pairs.append((loss.detach().double().reshape(()), count))
-        return loss.reshape(())
+        return loss.reshape(()) / self.copies
 
 
 def checked_loss(result: Any) -> tuple[Tensor, Any]:

@@ -24,9 +24,10 @@ from ..plan import Plan, StepPlan
 from ..pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..sharding.actions import Emulate, Script, pause, resume, suspended
 from ..sharding.collectives import Axis, gather
+from ..sharding.layout import AXES
 from .absent import Absent, is_absent, resolve
 from .boundary import Boundary, TensorSpec
-from .forwards import plain_forward, quiet_forward
+from .forwards import edged_forward, plain_forward, quiet_forward
 from .stages import Crossing
 
 Step = Callable[[nn.Module, Any], Any]
@@ -65,7 +66,7 @@ class StageRunner(nn.Module):
         self.module = module
         self.plan, self.groups = plan, groups
         self.stage = plan.stages[groups.pp_rank]
-        self.axis = Axis("tp", groups.tp, groups.tp_rank, groups.sizes.tp)
+        self.axes = _axes(plan, groups)
         self.passage: Passage | None = None
         self.step_plan: StepPlan | None = None
         self._installed: list[tuple[nn.Module, Any]] = []
@@ -197,12 +198,18 @@ class StageRunner(nn.Module):
         self._uninstall()
         self.step_plan = step_plan
         for name, action in step_plan.programs.installed.items():
-            self._install(name, partial(plain_forward, action=action, axis=self.axis))
+            self._install(name, partial(plain_forward, action=action, axes=self.axes))
         for name, script in step_plan.programs.scripts.items():
             if name:
                 self._install(name, partial(self._emulated, script=script))
         for name in step_plan.programs.quiet:
             self._install(name, quiet_forward)
+        entries, exits = step_plan.programs.entries, step_plan.programs.exits
+        for name in {**entries, **exits}:
+            ways = entries.get(name, ()), exits.get(name, ())
+            self._install(
+                name, partial(edged_forward, entries=ways[0], exits=ways[1], axes=self.axes)
+            )
         for module_name in {c.key[1] for b in step_plan.boundaries for c in b if c.key[0] == "out"}:
             module = self.module.get_submodule(module_name)
             self._handles.append(module.register_forward_hook(self._capturing(module_name)))
@@ -259,7 +266,7 @@ class StageRunner(nn.Module):
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             capture = self.passage.values.__setitem__ if self.passage is not None else None
-            with suspended(), Emulate(script, self.axis, capture):
+            with suspended(), Emulate(script, self.axes, capture):
                 return original(*args, **kwargs)
 
         return forward
@@ -281,13 +288,17 @@ class StageRunner(nn.Module):
     def run(self, step: Step, batch: Any, received: tuple[Tensor, ...]) -> Any:
         """Run this stage's part of ``step`` on one microbatch."""
         self.passage = Passage(received)
-        self.axis.varied.clear()
+        self._forget()
         try:
             with _modes_restored():
                 return self(step, batch)
         finally:
             self.passage = None
-            self.axis.varied.clear()
+            self._forget()
+
+    def _forget(self) -> None:
+        for axis in self.axes.values():
+            axis.entered.clear()
 
     def forward(self, step: Step, batch: Any) -> Any:
         passage = self.passage
@@ -295,10 +306,14 @@ class StageRunner(nn.Module):
         script = self.step_plan.programs.scripts.get("") if self.step_plan is not None else None
         mode: AbstractContextManager[Any] = nullcontext()
         if script is not None:
-            passage.mode = mode = Emulate(script, self.axis, passage.values.__setitem__)
+            passage.mode = mode = Emulate(script, self.axes, passage.values.__setitem__)
         try:
             with mode:
-                output = step(self.module, batch)
+                try:
+                    output = step(self.module, batch)
+                except BaseException:
+                    self._leaving(self, (), None)  # a block that raised has not left
+                    raise
         except StageExit as exit:
             return exit.outputs
         if isinstance(mode, Emulate):
@@ -308,15 +323,25 @@ class StageRunner(nn.Module):
         return self._whole(output)
 
     def _whole(self, output: Any) -> Any:
-        """Gather what the step returns split over ``tp``."""
-        layouts = self.step_plan.output if self.step_plan is not None else ()
-        if all(layout.replicated for layout in layouts):
+        """Gather what the step returns split."""
+        outputs = self.step_plan.output if self.step_plan is not None else ()
+        if all(layout.replicated for layouts in outputs for layout in layouts):
             return output
         leaves, spec = tree_flatten(output)
-        for i, (x, layout) in enumerate(zip(leaves, layouts, strict=True)):
-            if layout.dim is not None:
-                leaves[i] = gather(x, layout.dim, self.axis)
+        for i, layouts in enumerate(outputs):
+            for axis, layout in zip(reversed(AXES), reversed(layouts), strict=True):
+                if layout.dim is not None:
+                    leaves[i] = gather(leaves[i], layout, self.axes[axis])
         return tree_unflatten(spec, leaves)
+
+
+def _axes(plan: Plan, groups: MeshGroups) -> dict[str, Axis]:
+    sizes = groups.sizes
+    balanced = sizes.cp > 1 and plan.options.context_parallel.balance
+    return {
+        "cp": Axis("cp", groups.cp, groups.cp_rank, sizes.cp, balanced, summed=True),
+        "tp": Axis("tp", groups.tp, groups.tp_rank, sizes.tp),
+    }
 
 
 def _refill(hooks: MutableMapping[int, Any], before: dict[int, Any]) -> None:

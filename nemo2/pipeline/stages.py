@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import PipelineError
+from ..sharding.layout import local_shape
 from ..trace import Trace
 
 
@@ -122,9 +123,7 @@ def expected_stages(
     return tuple(sorted(found))
 
 
-def crossings(
-    trace: Trace, stages: Sequence[StagePlan], degree: int
-) -> tuple[tuple[Crossing, ...], ...]:
+def crossings(trace: Trace, stages: Sequence[StagePlan]) -> tuple[tuple[Crossing, ...], ...]:
     """Return, for each boundary between two stages, the values that must be sent over it."""
     boundaries: list[list[Crossing]] = [[] for _ in stages[1:]]
     for value in trace.values:
@@ -135,7 +134,7 @@ def crossings(
         crossing = Crossing(
             value.key,
             shape,
-            value.absent.tp_layout.local_shape(shape, degree),
+            local_shape(shape, value.absent.layouts, trace.degrees),
             meta.dtype,
             bool(value.absent.needs_grad and meta.is_floating_point()),
         )

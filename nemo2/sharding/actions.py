@@ -27,21 +27,25 @@ from ..errors import Nemo2Error
 from ..pipeline.absent import is_absent, name_of, user_line
 from ..pytree import tree_flatten, tree_leaves, tree_unflatten
 from . import collectives
+from .attention import context_attention
 from .collectives import Axis
 from .cross_entropy import cross_entropy
+from .layout import Layout
+
+Axes = Mapping[str, Axis]
 
 
 @dataclass(frozen=True)
 class Fix:
     """Bring one operand to the layout that the call needs.
 
-    ``steps`` are ``("gather", dim)``, ``("split", dim)``, ``("vary", None)``,
-    ``("select", (dim, ratio))`` or ``("repeat", (dim, ratio))``, applied in order to the
-    leaves ``leaves`` of the flattened ``(args, kwargs)``.
+    ``steps`` are (name, axis, argument), applied in order to the leaves ``leaves`` of the
+    flattened ``(args, kwargs)``: ``gather``, ``gather_vary`` and ``split`` with a ``Layout``,
+    ``vary``, and ``select`` or ``repeat`` with ``(dim, ratio)``.
     """
 
     leaves: tuple[int, ...]
-    steps: tuple[tuple[str, Any], ...]
+    steps: tuple[tuple[str, str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Action:
 
     ``soft`` actions only replace sizes: they are not needed where the module computes the
     same local sizes by itself, which the plan proves by a second run on local shapes.
+    ``scatter``: the dim along which a sum over ``tp`` leaves its result split, or None.
     """
 
     name: str
@@ -57,16 +62,20 @@ class Action:
     fixes: tuple[Fix, ...] = ()
     value: Any = None
     soft: bool = False
+    scatter: int | None = None
 
 
-def apply_steps(x: Tensor, steps: tuple[tuple[str, Any], ...], axis: Axis) -> Tensor:
-    for step, arg in steps:
+def apply_steps(x: Tensor, steps: tuple[tuple[str, str, Any], ...], axes: Axes) -> Tensor:
+    for step, name, arg in steps:
+        axis = axes[name]
         if step == "gather":
             x = collectives.gather(x, arg, axis)
+        elif step == "gather_vary":
+            x = enter_once(x, arg, axis)
         elif step == "split":
             x = collectives.split(x, arg, axis)
         elif step == "vary":
-            x = vary_once(x, axis)
+            x = enter_once(x, None, axis)
         elif step == "repeat":
             x = x.repeat_interleave(arg[1], dim=arg[0])
         elif step == "select":
@@ -77,20 +86,24 @@ def apply_steps(x: Tensor, steps: tuple[tuple[str, Any], ...], axis: Axis) -> Te
     return x
 
 
-def vary_once(x: Tensor, axis: Axis) -> Tensor:
+def enter_once(x: Tensor, layout: Layout | None, axis: Axis) -> Tensor:
     """Enter the tensor-parallel region once for the calls that share the input ``x``.
 
-    Query, key and value projections of one input share one copy, so that their input
-    gradients are added before the one all-reduce.
+    Query, key and value projections of one input share one copy (or one gather, where ``x`` is
+    split as ``layout``), so that their input gradients are added before the one reduction.
     """
-    if not x.requires_grad or not torch.is_grad_enabled():
+    grad = x.requires_grad and torch.is_grad_enabled()
+    if layout is None and not grad:
         return x
-    seen = axis.varied
-    if seen and seen[0] is x and seen[2] == x._version:
+    seen, key = axis.entered, (layout, x._version, grad)
+    if seen and seen[0] is x and seen[2] == key:
         known: Tensor = seen[1]
         return known
-    out = collectives.vary(x, axis)
-    seen[:] = [x, out, x._version]
+    if layout is None:
+        out = collectives.vary(x, axis)
+    else:
+        out = collectives.gather(x, layout, axis, varies=True)
+    seen[:] = [x, out, key]
     return out
 
 
@@ -105,38 +118,38 @@ def _select_heads(x: Tensor, dim: int, ratio: int, axis: Axis) -> Tensor:
     return x.narrow(dim, first, last - first + 1)
 
 
-def run_action(action: Action, axis: Axis, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def run_action(action: Action, axes: Axes, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run one call on local tensors as ``action`` says."""
     if action.kind == "constant":
         return action.value
     if action.fixes:
         leaves, spec = tree_flatten((args, kwargs))
         for fix in action.fixes:
-            value = apply_steps(leaves[fix.leaves[0]], fix.steps, axis)
+            value = apply_steps(leaves[fix.leaves[0]], fix.steps, axes)
             for i in fix.leaves:
                 leaves[i] = value
         args, kwargs = tree_unflatten(spec, leaves)
-    return _KINDS[action.kind](action, axis, func, args, kwargs)
+    return _KINDS[action.kind](action, axes, func, args, kwargs)
 
 
-def _call(action: Action, axis: Axis, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _call(action: Action, axes: Axes, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def _identity(action: Action, axis: Axis, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _identity(action: Action, axes: Axes, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return args[0]
 
 
-def _reshape(action: Action, axis: Axis, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _reshape(action: Action, axes: Axes, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return args[0].reshape(action.value)
 
 
-def _expand(action: Action, axis: Axis, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _expand(action: Action, axes: Axes, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return args[0].expand(action.value)
 
 
 def _constructor(
-    action: Action, axis: Axis, func: Callable[..., Any], args: Any, kwargs: Any
+    action: Action, axes: Axes, func: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
     """Run ``zeros_like`` and its kin on a tensor of the global shape, without its memory."""
     leaves, spec = tree_flatten((args, kwargs))
@@ -146,23 +159,40 @@ def _constructor(
     return func(*args, **kwargs)
 
 
-def _partial(action: Action, axis: Axis, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    out = collectives.reduce(func(*args, **kwargs), axis)
-    return out / axis.degree if action.value == "mean" else out
+def total(x: Tensor, action: Action, axis: Axis) -> Tensor:
+    """Sum the partial results of an action over ``axis``."""
+    if action.scatter is None:
+        return collectives.reduce(x, axis)
+    return collectives.scatter(x, action.scatter, axis)
 
 
-def _rowwise(action: Action, axis: Axis, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _partial(action: Action, axes: Axes, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    out = func(*args, **kwargs)
+    how, over = action.value
+    for name in over:
+        out = total(out, action, axes[name])
+        out = out / axes[name].degree if how == "mean" else out
+    return out
+
+
+def _rowwise(action: Action, axes: Axes, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Matmul over a split inner dim: sum the partial products, then add the bias once."""
     if action.value == "linear":
-        x, weight, bias = bind_linear(*args, **kwargs)
-        return rowwise_linear(x, weight, bias, axis)
-    return _rowwise_addmm(axis, *args, **kwargs)
+        return rowwise_linear(*bind_linear(*args, **kwargs), action, axes["tp"])
+    return _rowwise_addmm(action, axes["tp"], *args, **kwargs)
 
 
 def _rowwise_addmm(
-    axis: Axis, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+    action: Action,
+    axis: Axis,
+    input: Tensor,
+    mat1: Tensor,
+    mat2: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
 ) -> Tensor:
-    out = collectives.reduce(torch.mm(mat1, mat2), axis) * alpha
+    out = total(torch.mm(mat1, mat2), action, axis) * alpha
     return out + (input * beta).to(out.dtype)
 
 
@@ -172,20 +202,24 @@ def bind_linear(
     return input, weight, bias
 
 
-def rowwise_linear(x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis) -> Tensor:
-    out = collectives.reduce(F.linear(x, weight), axis)
+def rowwise_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, action: Action, axis: Axis
+) -> Tensor:
+    out = total(F.linear(x, weight), action, axis)
     return out if bias is None else out + bias.to(out.dtype)  # dtypes differ under autocast
 
 
-def _embedding(action: Action, axis: Axis, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _embedding(action: Action, axes: Axes, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     bound = dict(zip(("input", "weight", "padding_idx"), args, strict=False)) | kwargs
-    return vocab_embedding(bound["input"], bound["weight"], bound.get("padding_idx"), axis)
+    out = vocab_embedding(bound["input"], bound["weight"], bound.get("padding_idx"), axes["tp"])
+    return total(out, action, axes["tp"])
 
 
 def vocab_embedding(ids: Tensor, weight: Tensor, padding_idx: int | None, axis: Axis) -> Tensor:
-    """Look up ids in a table split over its rows: rows of other ranks count as zero, then sum.
+    """Look up ids in a table split over its rows: rows of other ranks count as zero.
 
-    Communication: forward one all-reduce of the output over ``axis``; backward none.
+    Returns:
+        this rank's part, to be summed over ``axis``.
     """
     rows = weight.shape[0]
     local = ids - axis.rank * rows
@@ -196,11 +230,11 @@ def vocab_embedding(ids: Tensor, weight: Tensor, padding_idx: int | None, axis: 
         padding_idx -= axis.rank * rows
         padding_idx = padding_idx if 0 <= padding_idx < rows else None
     out = F.embedding(local.clamp(0, rows - 1), weight, padding_idx)
-    return collectives.reduce(out.masked_fill(~here.unsqueeze(-1), 0.0), axis)
+    return out.masked_fill(~here.unsqueeze(-1), 0.0)
 
 
 def _cross_entropy(
-    action: Action, axis: Axis, func: Callable[..., Any], args: Any, kwargs: Any
+    action: Action, axes: Axes, func: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
     names = (
         "input",
@@ -213,18 +247,26 @@ def _cross_entropy(
         "label_smoothing",
     )
     bound = dict(zip(names, args, strict=False)) | kwargs
+    classes, tokens = action.value
+    whole = classes is None
+    logits = bound["input"]
     return cross_entropy(
-        bound["input"],
+        logits,
         bound["target"],
-        group=axis.group,
-        rank=axis.rank,
-        degree=axis.degree,
-        vocab_size=action.value,
+        group=None if whole else axes["tp"].group,
+        rank=0 if whole else axes["tp"].rank,
+        degree=1 if whole else axes["tp"].degree,
+        vocab_size=logits.shape[1 if logits.ndim > 1 else 0] if whole else classes,
         weight=bound.get("weight"),
         ignore_index=bound.get("ignore_index", -100),
         reduction=bound.get("reduction", "mean"),
         label_smoothing=bound.get("label_smoothing", 0.0),
+        tokens=tuple((axes[name], layout) for name, layout in tokens),
     )
+
+
+def _attention(action: Action, axes: Axes, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return context_attention(*args, **kwargs, axis=axes["cp"], method=action.value)
 
 
 _KINDS: Mapping[str, Callable[..., Any]] = {
@@ -237,6 +279,7 @@ _KINDS: Mapping[str, Callable[..., Any]] = {
     "rowwise": _rowwise,
     "embedding": _embedding,
     "cross_entropy": _cross_entropy,
+    "attention": _attention,
 }
 
 
@@ -253,6 +296,25 @@ class Script:
 class Watcher(TorchFunctionMode):
     """A mode of ours that counts the torch calls of the user's code; see ``suspended``."""
 
+    def opened(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a composite function so that this mode sees the calls that it is made of."""
+        functional: Any = F
+        check = functional.has_torch_function
+
+        def unseen(tensors: Any) -> bool:
+            functional.has_torch_function = check  # only the function's own, first question
+            return False
+
+        functional.has_torch_function = unseen
+        try:
+            with self:
+                return func(*args, **kwargs)
+        finally:
+            functional.has_torch_function = check
+
+
+COMPOSITE = (F.multi_head_attention_forward,)  # their parts have rules of their own
+
 
 class Emulate(Watcher):
     """Run a module's own code on local tensors while it sees global sizes.
@@ -262,10 +324,10 @@ class Emulate(Watcher):
     """
 
     def __init__(
-        self, script: Script, axis: Axis | None, capture: Callable[[Any, Any], None] | None = None
+        self, script: Script, axes: Axes, capture: Callable[[Any, Any], None] | None = None
     ) -> None:
         super().__init__()
-        self.script, self.axis, self.capture, self.count = script, axis, capture, 0
+        self.script, self.axes, self.capture, self.count = script, axes, capture, 0
 
     def __torch_function__(
         self,
@@ -274,9 +336,11 @@ class Emulate(Watcher):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        kwargs = kwargs or {}
+        if func in COMPOSITE:
+            return self.opened(func, args, kwargs)
         number = self.count
         self.count += 1
-        kwargs = kwargs or {}
         if number >= len(self.script.calls) or self.script.calls[number] != name_of(func):
             raise self._other_path(number, name_of(func))
         action = self.script.actions.get(number)
@@ -305,9 +369,7 @@ class Emulate(Watcher):
     def _act(self, action: Action, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if any(is_absent(x) and x.bound is None for x in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
-        if self.axis is None:
-            raise AssertionError("an action without a tensor-parallel axis")
-        return run_action(action, self.axis, func, args, kwargs)
+        return run_action(action, self.axes, func, args, kwargs)
 
 
 @contextmanager

@@ -13,12 +13,18 @@ from ..errors import ShardingError
 from ..pipeline.absent import Absent, is_absent, to_meta, user_line
 from ..pytree import tree_flatten, tree_unflatten
 from .actions import Action
-from .layout import REPLICATED, Layout
+from .layout import AXES, REPLICATED, Layout, Sharding
 
 
 @dataclass
 class Operand:
-    """One tensor argument of a call."""
+    """One tensor argument of a call, as one axis sees it.
+
+    Attributes:
+        entry: its layout when the call gets it; ``layout``: after ``steps``.
+        other: its layout over the other axis.
+        exempt: its gradient needs nothing from the plan here.
+    """
 
     meta: Tensor
     layout: Layout
@@ -27,6 +33,7 @@ class Operand:
     param: str | None
     steps: list[tuple[str, Any]] = field(default_factory=list)
     exempt: bool = False
+    other: Layout = REPLICATED
     entry: Layout = REPLICATED
 
     def __post_init__(self) -> None:
@@ -42,19 +49,20 @@ class Operand:
 
     def gather(self) -> None:
         if self.dim is not None:
-            self.steps.append(("gather", self.dim))
+            self.steps.append(("gather", self.layout))
             self.layout = REPLICATED
 
     def ignore(self) -> None:
         """Leave the operand as it is: the call uses its shape or dtype, not its values."""
         self.layout, self.exempt = REPLICATED, True
 
-    def split(self, dim: int) -> None:
-        if self.dim == dim:
+    def split(self, layout: Layout | int) -> None:
+        layout = Layout(layout) if isinstance(layout, int) else layout
+        if self.layout == layout:
             return
         self.gather()
-        self.steps.append(("split", dim))
-        self.layout = Layout(dim)
+        self.steps.append(("split", layout))
+        self.layout = layout
 
 
 @dataclass
@@ -65,15 +73,43 @@ class Outcome:
     kind: str = "call"
     value: Any = None
     soft: bool = False
+    scatter: int | None = None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the rules know of a call beside its arguments.
+
+    Attributes:
+        degrees: sizes of the axes ``(cp, tp)``.
+        sequence: dims of the (first) result that are the sequence.
+        scatter: whether sums over ``tp`` may leave their result split along the sequence.
+        in_block: whether a pipeline block is running.
+        attention: the method of attention over ``cp``.
+    """
+
+    degrees: tuple[int, int] = (1, 1)
+    sequence: tuple[int, ...] = ()
+    scatter: bool = False
+    in_block: bool = False
+    attention: str = "ring"
 
 
 class Call:
-    """One torch call with its operands, as the rules see it."""
+    """One torch call with its operands, as the rules see it over one axis."""
 
     def __init__(
-        self, name: str, func: Callable[..., Any], args: Any, kwargs: Any, degree: int
+        self,
+        name: str,
+        func: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        scene: Scene,
+        axis: str = "tp",
     ) -> None:
-        self.name, self.func, self.args, self.kwargs, self.degree = name, func, args, kwargs, degree
+        self.name, self.func, self.args, self.kwargs = name, func, args, kwargs
+        self.scene, self.axis = scene, axis
+        self.degree = scene.degrees[AXES.index(axis)]
         leaves, self.spec = tree_flatten((args, kwargs))
         self.leaves = leaves
         self.operands: list[Operand] = []
@@ -84,8 +120,13 @@ class Call:
                     op = self._by_id[id(x)]
                     op.leaves = (*op.leaves, i)
                 else:
-                    self._by_id[id(x)] = op = _operand(x, i)
+                    self._by_id[id(x)] = op = _operand(x, i, AXES.index(axis))
                     self.operands.append(op)
+
+    @property
+    def granularity(self) -> int:
+        """How many equal parts of a split dim keep their place when it is cut into two dims."""
+        return 2 * self.degree if self.axis == "cp" else self.degree
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:
         return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
@@ -123,12 +164,13 @@ class Call:
             return self.func(*args, **kwargs)
 
 
-def _operand(x: Tensor, leaf: int) -> Operand:
+def _operand(x: Tensor, leaf: int, axis: int) -> Operand:
     if is_absent(x):
         assert isinstance(x, Absent)
-        return Operand(
-            x.meta, x.tp_layout, (leaf,), x.needs_grad and differentiable(x.meta), x.param
-        )
+        grad = x.needs_grad and differentiable(x.meta)
+        made = Operand(x.meta, x.layouts[axis], (leaf,), grad, x.param)
+        made.exempt, made.other = x.entered and AXES[axis] == "tp", x.layouts[1 - axis]
+        return made
     return Operand(to_meta(x), REPLICATED, (leaf,), bool(x.requires_grad), None)
 
 
@@ -143,19 +185,25 @@ def _fresh_meta(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Decision:
-    """The result of ``decide``: layouts per output leaf, the action, and partial gradients."""
+    """The result of ``decide``: layouts per output leaf (none: all whole), the action, and the
+    parameters with partial gradients."""
 
-    layouts: tuple[Layout, ...] | Layout
+    layouts: tuple[Sharding, ...]
     action: Action | None
     partial_params: tuple[tuple[str, int], ...]
 
 
 def refuse(call: Call, what: str) -> ShardingError:
-    shown = ", ".join(
-        f"{op.param or 'tensor'}{tuple(op.meta.shape)}:{op.layout}" for op in call.operands
-    )
     return ShardingError(
-        f"'{call.name}' {what} a tensor split over \"tp\" in a way that no rule covers"
+        f"'{call.name}' {what} a tensor split over \"{call.axis}\" in a way that no rule covers"
         f"{user_line()}\n"
-        f"  operands: {shown}\n  options: write it out of place | annotate less of this module"
+        f"  operands: {shown(call)}\n"
+        "  options: write it out of place | annotate less of this module"
+    )
+
+
+def shown(call: Call) -> str:
+    """Return the operands of a call with their layouts, for an error message."""
+    return ", ".join(
+        f"{op.param or 'tensor'}{tuple(op.meta.shape)}:{op.entry}" for op in call.operands
     )

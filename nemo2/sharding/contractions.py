@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import ShardingError
+from ..pipeline.absent import user_line
 from .calls import Call, Operand, Outcome
 from .layout import REPLICATED, Layout
 
@@ -22,17 +24,19 @@ def _contract(call: Call, ins: list[tuple[Operand, str]], out: str) -> tuple[str
         the split letter, "" when all operands are gathered; and the layout of the result.
     """
     split = [(op, letters[op.dim]) for op, letters in ins if op.dim is not None]
-    letter = min(split, key=lambda pair: pair[0].param is None)[1]
-    if len({(id(op), letters.find(letter)) for op, letters in ins}) > len({id(o) for o, _ in ins}):
-        call.gather()  # one tensor in two places that need different parts of it
+    owner, letter = min(split, key=lambda pair: pair[0].param is None)
+    twice = len({(id(op), own.find(letter)) for op, own in ins}) > len({id(op) for op, _ in ins})
+    if twice or (letter not in out and not owner.layout.plain):
+        call.gather()  # one tensor in two places that need different parts of it, or a sum of cuts
         return "", REPLICATED
+    layout = owner.layout
     for op, own in split:
         if own != letter:
             op.gather()
     for op, letters in ins:
         if letter in letters and op.meta.shape[letters.index(letter)] > 1:
-            op.split(letters.index(letter))
-    return letter, Layout(out.index(letter)) if letter in out else REPLICATED
+            op.split(layout.at(letters.index(letter)))
+    return letter, layout.at(out.index(letter)) if letter in out else REPLICATED
 
 
 def _letters(call: Call, a: Operand, b: Operand) -> tuple[str, str, str]:
@@ -131,10 +135,16 @@ def sdpa_rule(call: Call, out: Any) -> Outcome:
     q, k, v = call.tensor(0, "query"), call.tensor(1, "key"), call.tensor(2, "value")
     mask = call.operand(3, "attn_mask")
     heads = q.ndim - 3
+    dims = {op.dim for op in (q, k, v)}
+    if len(dims) == 1 and q.dim is not None and q.dim < heads and mask is None:
+        return Outcome(q.layout)
+    if call.axis == "cp":
+        return _context_attention(call, q, k, v, mask)
+    if heads >= 0 and heads in dims:
+        for op in (q, k, v):
+            if op.dim not in (None, heads):
+                op.gather()  # fewer kv heads than ranks, on activations split along the sequence
     if heads < 0 or any(op.dim not in (None, heads) for op in (q, k, v)):
-        dims = {op.dim for op in (q, k, v)}
-        if len(dims) == 1 and q.dim is not None and q.dim < heads and mask is None:
-            return Outcome(q.layout)
         return call.gather()
     if any(op.ndim != q.ndim for op in (k, v)):
         return call.gather()
@@ -151,6 +161,40 @@ def sdpa_rule(call: Call, out: Any) -> Outcome:
         dim = heads - (q.ndim - mask.ndim)
         mask.split(dim) if dim >= 0 and mask.meta.shape[dim] > 1 else mask.gather()
     return Outcome(Layout(heads))
+
+
+def _context_attention(
+    call: Call, q: Operand, k: Operand, v: Operand, mask: Operand | None
+) -> Outcome:
+    """Attention over a split sequence: its own kind, carried out by ``attention.py``.
+
+    Queries that are split and meet whole keys (of another sequence) need nothing: each rank
+    has its rows. The mask is whole, and cut by rows and columns where it is used.
+    """
+    rows = q.ndim - 2
+    causal = bool(call.arg(5, "is_causal", False))
+    whole = k.dim is None and v.dim is None and not causal
+    if mask is not None:
+        mask.gather()
+        mask.exempt = True
+    if q.dim != rows or not (whole or (k.dim == rows and v.dim == rows)):
+        return call.gather()
+    if float(call.arg(4, "dropout_p", 0.0)) > 0.0:
+        raise ShardingError(
+            f"attention with dropout_p={call.arg(4, 'dropout_p')} over cp={call.degree}: kernels"
+            f" draw their own numbers, which would differ from those of one device{user_line()}\n"
+            "  options: dropout_p=0 in attention (dropout elsewhere is fine) | cp=1"
+        )
+    if mask is not None and mask.needs_grad:
+        raise ShardingError(
+            f"attention over cp={call.degree} with a mask that needs a gradient{user_line()}\n"
+            "  options: a mask that is made without parameters | cp=1"
+        )
+    if whole:
+        if mask is not None and mask.ndim >= 2 and mask.meta.shape[-2] > 1:
+            mask.split(mask.ndim - 2)
+        return Outcome(q.layout)
+    return Outcome(q.layout, "attention", call.scene.attention)
 
 
 def _select(op: Operand, heads: int, ratio: int, degree: int) -> None:
@@ -175,6 +219,10 @@ def cross_entropy_rule(call: Call, out: Any) -> Outcome:
     if weight is not None:
         weight.gather()
         weight.exempt = True
-    if logits.dim != class_dim or target.meta.is_floating_point():
+    if logits.dim is None or target.meta.is_floating_point():
         return call.gather()
-    return Outcome(REPLICATED, "cross_entropy", logits.meta.shape[class_dim])
+    if logits.dim == class_dim:
+        return Outcome(REPLICATED, "cross_entropy", logits.meta.shape[class_dim])
+    target.exempt = True
+    dim = logits.dim - (logits.dim > class_dim)
+    return Outcome(REPLICATED, "cross_entropy", logits.layout.at(dim))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo2.errors import ShardingError
+
+from .collectives import Axis, all_reduce, gather, outer_apart, padded, reduce, take
+from .layout import Layout
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ def cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    tokens: Sequence[tuple[Axis, Layout]] = (),
 ) -> Tensor:
     """Return what ``F.cross_entropy`` returns on the gathered logits, the same on every rank.
 
@@ -67,15 +72,20 @@ def cross_entropy(
         ignore_index: targets of this value count neither in the loss nor in the mean.
         reduction: "mean" (over weights of targets that count), "sum" or "none".
         label_smoothing: in [0, 1], as in ``F.cross_entropy``.
+        tokens: axes over which the tokens are split, with the target's layout; then the logits
+            are those of this rank's tokens, and the target is that of all tokens.
 
     Returns:
         a replicated loss: zero-dimensional, or of the target's shape for "none".
 
-    Communication: forward two all-reduces, of 1 and of 2 (3 with smoothing) floats per token;
-    backward none.
+    Communication: forward two all-reduces, of 1 and of 2 (3 with smoothing) floats per token,
+    if classes are split; for each axis of ``tokens`` one of a scalar (two for "mean", one
+    all-gather of the losses for "none"). Backward: see ``collectives.reduce``.
     Raises: ShardingError for probabilities as target, or shapes that do not fit together.
     """
     classes = _Classes(group, rank, degree, vocab_size, dim=1 if logits.dim() > 1 else 0)
+    for axis, layout in tokens:
+        target = take_targets(target, layout, axis, ignore_index)
     _check(logits, target, classes, weight)
     _check_options(reduction, label_smoothing)
     valid = target != ignore_index
@@ -90,12 +100,25 @@ def cross_entropy(
     losses: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
         logits, safe, valid, counted, weight, label_smoothing, classes
     )
-    if reduction == "sum":
-        losses = losses.sum()
-    elif reduction == "mean":
-        losses = losses.sum() / counted.sum()
+    if reduction == "none":
+        for axis, layout in reversed(tokens):
+            losses = gather(losses, layout, axis)
+    else:
+        losses, count = losses.sum(), counted.sum()
+        for axis, _ in tokens:
+            losses = reduce(losses, axis)
+            count = all_reduce(count, axis) if reduction == "mean" else count
+        losses = losses / count if reduction == "mean" else losses
     autocast = torch.is_autocast_enabled(logits.device.type)  # there F.cross_entropy is float32
     return losses if autocast else losses.to(logits.dtype)
+
+
+def take_targets(target: Tensor, layout: Layout, axis: Axis, ignored: int) -> Tensor:
+    """Return the targets of this rank's tokens; those that were cut off do not count."""
+    assert layout.dim is not None
+    dim = layout.dim + 1
+    whole = padded(outer_apart(target, layout), dim, layout.cut, ignored)
+    return take(whole, dim, axis).flatten(dim - 1, dim)
 
 
 class _Loss(torch.autograd.Function):

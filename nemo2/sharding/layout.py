@@ -1,32 +1,80 @@
-"""How one value is laid out over the ``tp`` axis: replicated, or split along one dim."""
+"""How one value is laid out over the axes that split activations: ``cp`` and ``tp``.
+
+Over each axis a value is replicated or split along one dim. When both split the same dim
+(sequence parallelism inside context parallelism), ``cp`` cuts first and ``tp`` cuts what is left.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+AXES = ("cp", "tp")  # outermost first
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Layout of a tensor over the tensor-parallel axis.
+    """Layout of a tensor over one axis.
 
-    ``dim`` is the (non-negative) dim that is split into equal contiguous parts, or
-    ``None`` when every rank holds the whole value.
+    Attributes:
+        dim: the (non-negative) dim that is split into equal parts; ``None`` when every rank
+            holds the whole value.
+        outer: the dim is a flatten of ``(outer, n)``, of which the inner part is split.
+        cut: how many elements at the start and at the end of the (inner) dim user code has cut
+            off. They stay in memory, so that all ranks hold equal parts, and mean nothing.
     """
 
     dim: int | None = None
+    outer: int = 1
+    cut: tuple[int, int] = (0, 0)
 
     @property
     def replicated(self) -> bool:
         return self.dim is None
 
-    def local_shape(self, shape: tuple[int, ...], degree: int) -> tuple[int, ...]:
+    @property
+    def plain(self) -> bool:
+        """Whether each rank holds one range of the dim, and all of it counts."""
+        return self.outer == 1 and self.cut == (0, 0)
+
+    def at(self, dim: int | None) -> Layout:
+        """Return the same layout of another dim."""
+        return REPLICATED if dim is None else replace(self, dim=dim)
+
+    def stored(self, size: int) -> int:
+        """Return how many elements of a (flattened) dim of global ``size`` are in memory."""
+        return size + self.outer * sum(self.cut)
+
+    def local_shape(self, shape: Sequence[int], degree: int) -> tuple[int, ...]:
         """Return the shape held by one rank of a tensor of global ``shape``."""
-        if self.dim is None:
-            return tuple(shape)
-        return tuple(s // degree if d == self.dim else s for d, s in enumerate(shape))
+        return tuple(self.stored(s) // degree if d == self.dim else s for d, s in enumerate(shape))
 
     def __str__(self) -> str:
-        return "R" if self.dim is None else f"S({self.dim})"
+        if self.dim is None:
+            return "R"
+        cut = f" cut {self.cut[0]}:{self.cut[1]}" if any(self.cut) else ""
+        return f"S({self.dim}{f' of {self.outer} parts' if self.outer > 1 else ''}{cut})"
 
 
 REPLICATED = Layout()
+Sharding = tuple[Layout, Layout]  # over cp and tp
+WHOLE: Sharding = (REPLICATED, REPLICATED)
+
+
+def sharding(*, cp: Layout = REPLICATED, tp: Layout = REPLICATED) -> Sharding:
+    return cp, tp
+
+
+def local_shape(
+    shape: Sequence[int], layouts: Sequence[Layout], degrees: Sequence[int]
+) -> tuple[int, ...]:
+    """Return the shape that one rank holds of a tensor of global ``shape``."""
+    local = list(shape)
+    seen: set[int] = set()
+    for layout, degree in zip(layouts, degrees, strict=True):
+        if layout.dim is not None:
+            if layout.dim not in seen:
+                local[layout.dim] = layout.stored(local[layout.dim])
+            seen.add(layout.dim)
+            local[layout.dim] //= degree
+    return tuple(local)

@@ -15,14 +15,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..pipeline.absent import Absent, absent_call, is_absent, name_of, to_meta
 from ..planning import run_step
 from ..pytree import tree_leaves, tree_unflatten
-from ..record import Recorder, is_leaf
+from ..record import Recorder, Setting, is_leaf
 from ..trace import Activation, Event, Trace, identity
-from .actions import Action, Fix
+from .actions import COMPOSITE, Action, Fix
+from .layout import Sharding, local_shape
 from .scripts import Programs, installable, needing, programs
 
 EVERYTHING = "*"  # what to blame when each run takes another path
@@ -35,7 +37,7 @@ class _DiffersError(Exception):
 
 def prove(
     trace: Trace,
-    degree: int,
+    setting: Setting,
     blocks: Mapping[str, int],
     captured: set[tuple[Any, ...]],
     attempt: Callable[[Prover], str | None],
@@ -46,12 +48,12 @@ def prove(
         attempt: runs the step on local shapes under a prover; returns the module to emulate,
             or None when the run was the planned one.
     """
-    if degree == 1:
+    if setting.degrees == (1, 1):
         return programs(trace, set(), captured)
     emulated = needing(trace, soft=False)
     undecided = needing(trace, soft=True) - emulated
     for _ in range(len(undecided) + 1):
-        blame = attempt(Prover(degree, blocks, trace, emulated))
+        blame = attempt(Prover(setting, blocks, trace, emulated))
         if blame == EVERYTHING:
             break
         if blame is None:
@@ -77,9 +79,9 @@ class Prover(Recorder):
     """Run the step on local shapes and compare each call with the trace."""
 
     def __init__(
-        self, degree: int, blocks: Mapping[str, int], trace: Trace, emulated: set[str]
+        self, setting: Setting, blocks: Mapping[str, int], trace: Trace, emulated: set[str]
     ) -> None:
-        super().__init__(degree, blocks)
+        super().__init__(setting, blocks)
         self.emulated = emulated
         self.expected: dict[int, tuple[Activation, Event]] = {}
         for activation in trace.root.walk():
@@ -129,6 +131,8 @@ class Prover(Recorder):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func in COMPOSITE:
+            return self.opened(func, args, kwargs or {})
         activation, event = self.expected.get(self.numbers, (None, None))
         if activation is None or event is None or event.name != name_of(func):
             raise self._differs()
@@ -170,6 +174,11 @@ class Prover(Recorder):
             raise self._differs()
         self._name(number, outs, event)
         return out
+
+    def _stand_in(
+        self, shape: tuple[int, ...], dtype: torch.dtype, layouts: Sharding, home: torch.device
+    ) -> Absent:
+        return Absent.like(local_shape(shape, layouts, self.degrees), dtype, home)
 
     def _same_operands(self, event: Event, leaves: Sequence[Any]) -> bool:
         tensors = {id(x): x for x in leaves if isinstance(x, Tensor)}
@@ -224,6 +233,6 @@ def vary_mixed(trace: Trace, params: Sequence[str]) -> None:
         for number, leaf in trace.partial_uses[param]:
             event = events[number]
             leaves = next(own for own in event.operand_leaves if leaf in own)
-            fix = Fix(leaves, (("vary", None),))
+            fix = Fix(leaves, (("vary", "tp", None),))
             old = event.action or Action(event.name)
             event.action = replace(old, fixes=(*old.fixes, fix), soft=False)

@@ -1,10 +1,7 @@
 """The one file that decides: which layout every torch call's result has, and what it costs.
 
-Each rule looks at the layouts of a call's operands (global shapes) and returns the layout
-of the results and the ``Action`` that the local run needs. Soundness rests on three facts:
-a replicated value has the same and complete gradient on all ranks; a replicated operand
-that meets a split one gets only a part of its gradient here, so it must ``vary``; and what
-no rule covers is gathered, which is always right and shown in the plan.
+Each rule looks at the layouts of a call's operands over one axis (global shapes) and returns the
+layout of the results and what the local run needs; ``decide.py`` puts the axes together.
 """
 
 from __future__ import annotations
@@ -19,8 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import ShardingError
 from ..pipeline.absent import is_inplace, user_line
 from ..pytree import tensors
-from .actions import Action, Fix
-from .calls import Call, Decision, Operand, Outcome, refuse
+from .calls import Call, Operand, Outcome
 from .contractions import (
     addmm_rule,
     cross_entropy_rule,
@@ -32,37 +28,7 @@ from .contractions import (
 )
 from .layout import REPLICATED, Layout
 
-__all__ = ["Call", "Decision", "decide", "is_query"]
-
-
-def decide(call: Call, out: Any) -> Decision:
-    """Decide one call. ``out`` is its result on global shapes (a pytree of meta tensors)."""
-    if not call.any_split and call.name != "constrain":
-        return Decision(REPLICATED, None, ())
-    if is_inplace(call.name) and call.operands[0].dim is not None and not _pointwise(call):
-        raise refuse(call, "writes in place into")
-    if isinstance(call.kwargs.get("out"), Tensor):
-        raise refuse(call, "writes by out= with")
-    rule = _RULES.get(call.name) or (_pointwise_rule if _pointwise(call) else None)
-    outcome = call.gather() if rule is None else rule(call, out)
-    varying = any(op.dim is not None for op in call.operands) or outcome.kind == "embedding"
-    partial: list[tuple[str, int]] = []
-    if varying:
-        for op in call.operands:
-            if op.dim is None and op.needs_grad and not op.exempt:
-                if op.param is not None and not op.steps:
-                    partial.append((op.param, op.leaves[0]))
-                else:
-                    op.steps.append(("vary", None))
-    fixes = tuple(Fix(op.leaves, tuple(op.steps)) for op in call.operands if op.steps)
-    plain = outcome.kind == "call" and not fixes
-    action = (
-        None
-        if plain
-        else Action(call.name, outcome.kind, fixes, outcome.value, outcome.soft and not fixes)
-    )
-    layouts = outcome.layouts if isinstance(outcome.layouts, Layout) else tuple(outcome.layouts)
-    return Decision(layouts, action, tuple(partial))
+Rule = Callable[[Call, Any], Outcome]
 
 
 # --- pointwise -------------------------------------------------------------------------
@@ -95,7 +61,7 @@ class _Ops(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _pointwise(call: Call) -> bool:
+def is_pointwise(call: Call) -> bool:
     """Say whether each element of the result depends only on the same element of the operands.
 
     It does if the call is made of elementwise kernels alone. That may hang on its arguments
@@ -139,9 +105,9 @@ def _pointwise_rule(call: Call, out: Any) -> Outcome:
         want = None if target is None else target - (ndim - op.ndim)
         if target is None or want is None or want < 0 or op.meta.shape[want] != shape[target]:
             op.gather()
-        elif op.dim != want:
-            op.split(want)
-    return Outcome(Layout(target))
+        else:
+            op.split(owner.entry.at(want))
+    return Outcome(owner.entry.at(target))
 
 
 def _like_first_rule(call: Call, out: Any) -> Outcome:
@@ -198,30 +164,75 @@ def _view_rule(call: Call, out: Any) -> Outcome:
     leaves = call.fresh()
     root = leaves[source.leaves[0]]
     outs = tensors(call.rerun(leaves))
-    dims = [_kept(call.name, source, root, x, call.degree) for x in outs]
+    cut = _cut(call, source, root, outs)
+    if cut is not None:
+        return Outcome(cut, "identity")
+    layouts = [x for x in (_kept(call, source, root, x) for x in outs) if x is not None]
     sized = any(op.dim is not None for op in call.operands[1:])
-    if not root.numel() or sized or any(d is None for d in dims):
+    if not root.numel() or sized or len(layouts) < len(outs):
         return call.gather()
-    layouts = [Layout(d) for d in dims]
     whole = call.name == "narrow" and outs[0].shape == root.shape
     if len(outs) > 1 or not (whole or call.name in _SIZED_VIEWS):
         return Outcome(layouts)
-    local = layouts[0].local_shape(tuple(outs[0].shape), call.degree)
     kind = "expand" if call.name in ("expand", "broadcast_to", "expand_as") else "reshape"
     for op in call.operands[1:]:
         op.ignore()
-    return Outcome(layouts, kind, local, soft=True)
+    return Outcome(layouts, kind, soft=True)
 
 
-def _kept(name: str, source: Operand, root: Tensor, out: Tensor, degree: int) -> int | None:
-    """Return the dim of one result that is split, or None when the result must be whole."""
+def _kept(call: Call, source: Operand, root: Tensor, out: Tensor) -> Layout | None:
+    """Return the layout of one result, or None when the result must be whole."""
     assert source.dim is not None
     if not torch._C._is_alias_of(out, root):  # type: ignore[attr-defined]
         return None
-    dim = _image(root.shape, source.dim, out, degree)
-    if dim is not None and name == "__getitem__" and out.shape[dim] != root.shape[source.dim]:
+    carried = _carried(root.shape, source.layout, out)
+    if carried is not None or not source.layout.plain:
+        return carried
+    dim = _image(root.shape, source.dim, out, call.granularity)
+    if dim is None or (call.name == "__getitem__" and out.shape[dim] != root.shape[source.dim]):
         return None  # strided: where it starts on each rank depends on the local size
-    return dim
+    return Layout(dim)
+
+
+def _carried(source: torch.Size, layout: Layout, out: Tensor) -> Layout | None:
+    """Return the layout of a view in which the split (inner) dim is whole, if it is.
+
+    Its elements lie one ``step`` apart. A dim of the view with the same step carries it: with
+    the same number of elements, or flattened together with the dims before it.
+    """
+    assert layout.dim is not None
+    step = 1
+    for size in source[layout.dim + 1 :]:
+        step *= size
+    inner = source[layout.dim] // layout.outer
+    for d, (size, stride) in enumerate(zip(out.shape, out.stride(), strict=True)):
+        if inner > 1 and stride == step and size % inner == 0:
+            return Layout(d, size // inner, layout.cut)
+    return None
+
+
+def _cut(call: Call, source: Operand, root: Tensor, outs: list[Tensor]) -> Layout | None:
+    """Return the layout of ``x[:, :-1]``: all elements stay, those at the ends mean nothing.
+
+    Over ``tp`` only for the shift by one of next-token losses: more would hold more memory than
+    a gather of what is left.
+    """
+    dim = source.dim
+    if dim is None or call.name not in ("__getitem__", "narrow") or len(outs) != 1:
+        return None
+    if call.axis == "tp" and source.other.dim == dim:
+        return None  # one cut is counted once
+    out, size = outs[0], root.shape[dim] // source.layout.outer
+    if out.ndim != root.ndim or source.layout.outer > 1 or out.stride() != root.stride():
+        return None
+    if any(a != b for d, (a, b) in enumerate(zip(out.shape, root.shape, strict=True)) if d != dim):
+        return None
+    missing = size - out.shape[dim]
+    if not 0 < missing <= (size // 2 if call.axis == "cp" else 1) or size < 4:
+        return None
+    start = int(out.storage_offset()) // max(root.stride(dim), 1)
+    before, after = source.layout.cut
+    return Layout(dim, 1, (before + start, after + missing - start))
 
 
 # Views that name sizes, or whose meaning hangs on them; the local size takes their place.
@@ -251,6 +262,9 @@ def _repeat_interleave_rule(call: Call, out: Any) -> Outcome:
 
 def _cat_rule(call: Call, out: Any) -> Outcome:
     dim = call.arg(1, "dim", call.kwargs.get("axis", 0)) % out.ndim
+    parts = [op for op in call.operands if tuple(op.meta.shape) != (0,)]
+    if len(parts) == 1 and len(parts[0].leaves) == 1:  # a cache that was empty
+        return Outcome(parts[0].layout)
     return _join(call, lambda d: None if d == dim else d)
 
 
@@ -263,9 +277,7 @@ def _join(call: Call, image: Callable[[int], int | None]) -> Outcome:
     source = next(op.dim for op in call.operands if op.dim is not None)
     target = image(source)
     if target is None:
-        for op in call.operands:
-            op.gather()
-        return Outcome()
+        return call.gather()
     for op in call.operands:
         if tuple(op.meta.shape) != (0,):  # torch joins an empty 1-D tensor with anything (caches)
             op.split(source)
@@ -336,6 +348,8 @@ def _reduce_rule(call: Call, out: Any) -> Outcome:
 
 def _constrain_rule(call: Call, out: Any) -> Outcome:
     x, dim = call.operands[0], call.args[1]
+    if call.axis != "tp":
+        return Outcome(x.layout, "identity")
     if dim is None:
         x.gather()
     elif x.meta.shape[dim] % call.degree:
@@ -368,12 +382,30 @@ _CONSTRUCTORS = _words(
 )
 
 
+_KNOW_CUTS = {
+    *_words(
+        "linear addmm matmul __matmul__ cross_entropy to type_as softmax log_softmax layer_norm"
+    ),
+    *_words("rms_norm constrain"),
+}
+
+
+def knows_cuts(call: Call) -> bool:
+    """Say whether a call's rule is right for layouts that are not plain."""
+    view = call.name in _VIEWS
+    return view or is_query(call.name) or call.name in _KNOW_CUTS or is_pointwise(call)
+
+
+def rule_of(call: Call) -> Rule | None:
+    return _RULES.get(call.name) or (_pointwise_rule if is_pointwise(call) else None)
+
+
 def is_query(name: str) -> bool:
     """Say whether a call only asks for sizes or properties, not for values."""
     return name in _SIZE_QUERIES or name in _PASSIVE
 
 
-_RULES: dict[str, Callable[[Call, Any], Outcome]] = {
+_RULES: dict[str, Rule] = {
     **dict.fromkeys(_SIZE_QUERIES, _query_rule),
     **dict.fromkeys(_PASSIVE, _passive_rule),
     **dict.fromkeys(("to", "type_as"), _like_first_rule),

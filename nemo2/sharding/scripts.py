@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ShardingError
-from ..trace import Activation, Trace
+from ..trace import Activation, Entry, Trace
 from .actions import Action, Script
 
 
@@ -20,12 +20,15 @@ class Programs:
         scripts: modules that run under ``Emulate``; ``""`` is the step itself.
         quiet: modules called from an emulated one that run outside of its script.
         proved: modules whose own code was shown to compute the right local sizes.
+        entries, exits: modules with the changes of layout of what they get and return.
     """
 
     installed: Mapping[str, Action]
     scripts: Mapping[str, Script]
     quiet: frozenset[str] = frozenset()
     proved: tuple[str, ...] = ()
+    entries: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
+    exits: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
 
 
 def installable(activation: Activation) -> Action | None:
@@ -66,7 +69,11 @@ def programs(trace: Trace, emulated: set[str], captured: set[tuple[object, ...]]
             quiet |= {child.module for child in activation.children()}
     merged = {module: _merge(module, actions) for module, actions in uses.items()}
     installed = {module: action for module, action in merged.items() if action is not None}
-    return Programs(installed, scripts, frozenset(quiet - scripts.keys() - installed.keys()))
+    quiet -= scripts.keys() | installed.keys()
+    activations = list(trace.root.walk())
+    entries = {a.module: a.entries for a in activations if a.entries}
+    exits = {a.module: a.exits for a in activations if a.exits}
+    return Programs(installed, scripts, frozenset(quiet), (), entries, exits)
 
 
 def _merge(module: str, actions: set[Action | None]) -> Action | None:
@@ -77,7 +84,7 @@ def _merge(module: str, actions: set[Action | None]) -> Action | None:
     some = [action for action in actions if action is not None]
     if not some:
         return None
-    steps = {step for action in some for fix in action.fixes for step, _ in fix.steps}
+    steps = {step[0] for action in some for fix in action.fixes for step in fix.steps}
     harmless = some[0].kind == "call" and steps == {"vary"}
     if len(some) > 1 or (None in actions and not harmless):
         raise _conflict(module)

@@ -1,0 +1,90 @@
+"""Which dims are the sequence: found by running the step with two lengths and comparing shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import Nemo2Error
+from .pytree import tree_flatten, tree_unflatten
+from .trace import Trace
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Where sizes follow the length of the sequence.
+
+    Attributes:
+        calls: number of a torch call -> the dims of its first result that do.
+        inputs: (module, n-th call) -> leaf of its arguments -> their dims that do.
+    """
+
+    calls: Mapping[int, tuple[int, ...]]
+    inputs: Mapping[tuple[str, int], Mapping[int, tuple[int, ...]]]
+
+
+def find_lengths(batch: Any, record: Callable[[Any], Trace]) -> Lengths | None:
+    """Return the sequence dims of a step, or None when its batch has no sequence to shorten.
+
+    Args:
+        record: plans the step on a batch, with every axis of one rank.
+    """
+    whole = record(batch)
+    for other in _shorter(batch):
+        try:
+            short = record(other)
+        except (Nemo2Error, RuntimeError, ValueError, IndexError, AssertionError):
+            continue  # the user's code needs what was cut
+        found = _compare(whole, short)
+        if found is not None:
+            return found
+    return None
+
+
+def _shorter(batch: Any) -> Iterator[Any]:
+    """Yield batches with one size cut: that of the first tensor's second dim, wherever it is."""
+    leaves, spec = tree_flatten(batch)
+    first = next((x for x in leaves if isinstance(x, Tensor) and x.ndim > 1), None)
+    if first is None or first.shape[1] < 3:
+        return
+    size = first.shape[1]
+    for length in (size // 2, size - 1):
+        for everywhere in (True, False):  # a width may equal the length
+            yield tree_unflatten(spec, [_cut(x, size, length, everywhere) for x in leaves])
+
+
+def _cut(x: Any, size: int, length: int, everywhere: bool) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    for dim in range(1, x.ndim if everywhere or x.dtype == torch.bool else min(2, x.ndim)):
+        if x.shape[dim] == size:
+            x = x.narrow(dim, 0, length)
+    return x
+
+
+def _compare(whole: Trace, short: Trace) -> Lengths | None:
+    """Return the dims that differ, if both runs made the same calls."""
+    a = [e for activation in whole.root.walk() for e in activation.events()]
+    b = [e for activation in short.root.walk() for e in activation.events()]
+    if [(e.number, e.name) for e in a] != [(e.number, e.name) for e in b]:
+        return None
+    calls = {}
+    for one, other in zip(a, b, strict=True):
+        if one.output_shapes and other.output_shapes:
+            dims = _differing(one.output_shapes[0], other.output_shapes[0])
+            if dims:
+                calls[one.number] = dims
+    inputs: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {}
+    for this, that in zip(whole.root.walk(), short.root.walk(), strict=True):
+        own = {x.leaf: x.shape for x in that.inputs}
+        found = {x.leaf: _differing(x.shape, own.get(x.leaf, ())) for x in this.inputs}
+        inputs[this.module, this.ordinal] = {leaf: dims for leaf, dims in found.items() if dims}
+    return Lengths(calls, inputs) if calls else None
+
+
+def _differing(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(d for d, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
