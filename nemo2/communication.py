@@ -106,7 +106,8 @@ class _Reader:
                 whole = event.results[0]
                 if action.scatter is not None:
                     tp = self.degrees[1]
-                    whole = tuple(s * tp if d == action.scatter else s for d, s in enumerate(whole))
+                    dim = action.scatter.dim
+                    whole = tuple(s * tp if d == dim else s for d, s in enumerate(whole))
                     yield one(axis, "forward", "reduce-scatter", whole)
                     if grads:
                         yield one(axis, "backward", "all-gather", whole)

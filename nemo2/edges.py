@@ -32,6 +32,12 @@ def context_entries(
     first = next(a for a in trace.root.walk() if (a.module, a.ordinal) == (block, 0))
     dims = lengths.inputs.get((block, 0), {})
     able = [x for x in first.inputs if len(dims.get(x.leaf, ())) == 1 and x.floating]
+    flat = [x for x in able if dims[x.leaf][0].outer > 1]
+    if flat:
+        raise ShardingError(
+            f"cp={cp}: the first block '{block}' gets a flatten of batch and sequence, of shape"
+            f" {flat[0].shape}\n  options: pass (batch, sequence, width) to the blocks | cp=1"
+        )
     # Plain tensors (masks, rotary tables) keep their global meaning and are cut where they are
     # used; a plain hidden state is the input of a model that starts with its blocks.
     chosen = [x for x in able if x.absent] or [x for x in able if len(x.shape) > 2][:1]
@@ -41,7 +47,7 @@ def context_entries(
             " length of the batch's sequence\n"
             "  options: pass hidden states of shape (batch, sequence, width) to the blocks | cp=1"
         )
-    entries = tuple(_entry(x, dims[x.leaf][0], cp, tp, balance) for x in chosen)
+    entries = tuple(_entry(x, dims[x.leaf][0].dim or 0, cp, tp, balance) for x in chosen)
     return {(block, 0): entries}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import Nemo2Error
 from .pytree import tree_flatten, tree_unflatten
+from .sharding.layout import Layout
 from .trace import Trace
 
 
@@ -19,12 +20,12 @@ class Lengths:
     """Where sizes follow the length of the sequence.
 
     Attributes:
-        calls: number of a torch call -> the dims of its first result that do.
-        inputs: (module, n-th call) -> leaf of its arguments -> their dims that do.
+        calls: number of a torch call -> where in its first result it is, as layouts.
+        inputs: (module, n-th call) -> leaf of its arguments -> where it is.
     """
 
-    calls: Mapping[int, tuple[int, ...]]
-    inputs: Mapping[tuple[str, int], Mapping[int, tuple[int, ...]]]
+    calls: Mapping[int, tuple[Layout, ...]]
+    inputs: Mapping[tuple[str, int], Mapping[int, tuple[Layout, ...]]]
 
 
 def find_lengths(batch: Any, record: Callable[[Any], Trace]) -> Lengths | None:
@@ -34,19 +35,21 @@ def find_lengths(batch: Any, record: Callable[[Any], Trace]) -> Lengths | None:
         record: plans the step on a batch, with every axis of one rank.
     """
     whole = record(batch)
-    for other in _shorter(batch):
+    for missing, other in _shorter(batch):
         try:
             short = record(other)
         except (Nemo2Error, RuntimeError, ValueError, IndexError, AssertionError):
             continue  # the user's code needs what was cut
-        found = _compare(whole, short)
+        found = _compare(whole, short, missing)
         if found is not None:
             return found
     return None
 
 
-def _shorter(batch: Any) -> Iterator[Any]:
-    """Yield batches with one size cut: that of the first tensor's second dim, wherever it is."""
+def _shorter(batch: Any) -> Iterator[tuple[int, Any]]:
+    """Yield how much is missing, and the batch so cut: its first tensor's second dim, everywhere
+    where that size is.
+    """
     leaves, spec = tree_flatten(batch)
     first = next((x for x in leaves if isinstance(x, Tensor) and x.ndim > 1), None)
     if first is None or first.shape[1] < 3:
@@ -54,7 +57,8 @@ def _shorter(batch: Any) -> Iterator[Any]:
     size = first.shape[1]
     for length in (size // 2, size - 1):
         for everywhere in (True, False):  # a width may equal the length
-            yield tree_unflatten(spec, [_cut(x, size, length, everywhere) for x in leaves])
+            cut = [_cut(x, size, length, everywhere) for x in leaves]
+            yield size - length, tree_unflatten(spec, cut)
 
 
 def _cut(x: Any, size: int, length: int, everywhere: bool) -> Any:
@@ -66,7 +70,7 @@ def _cut(x: Any, size: int, length: int, everywhere: bool) -> Any:
     return x
 
 
-def _compare(whole: Trace, short: Trace) -> Lengths | None:
+def _compare(whole: Trace, short: Trace, missing: int) -> Lengths | None:
     """Return the dims that differ, if both runs made the same calls."""
     a = [e for activation in whole.root.walk() for e in activation.events()]
     b = [e for activation in short.root.walk() for e in activation.events()]
@@ -75,16 +79,24 @@ def _compare(whole: Trace, short: Trace) -> Lengths | None:
     calls = {}
     for one, other in zip(a, b, strict=True):
         if one.output_shapes and other.output_shapes:
-            dims = _differing(one.output_shapes[0], other.output_shapes[0])
+            dims = _differing(one.output_shapes[0], other.output_shapes[0], missing)
             if dims:
                 calls[one.number] = dims
-    inputs: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {}
+    inputs: dict[tuple[str, int], dict[int, tuple[Layout, ...]]] = {}
     for this, that in zip(whole.root.walk(), short.root.walk(), strict=True):
         own = {x.leaf: x.shape for x in that.inputs}
-        found = {x.leaf: _differing(x.shape, own.get(x.leaf, ())) for x in this.inputs}
+        found = {x.leaf: _differing(x.shape, own.get(x.leaf, ()), missing) for x in this.inputs}
         inputs[this.module, this.ordinal] = {leaf: dims for leaf, dims in found.items() if dims}
     return Lengths(calls, inputs) if calls else None
 
 
-def _differing(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(d for d, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+def _differing(a: tuple[int, ...], b: tuple[int, ...], missing: int) -> tuple[Layout, ...]:
+    """Return the dims that differ; one that lost ``n * missing`` is a flatten of ``(n, sequence)``.
+
+    Sizes that follow the length in another way (patches) count as sequences of their own.
+    """
+    pairs = [(d, x, x - y) for d, (x, y) in enumerate(zip(a, b, strict=False)) if x != y]
+    return tuple(
+        Layout(d, lost // missing if lost % missing == 0 and x % (lost // missing) == 0 else 1)
+        for d, x, lost in pairs
+    )

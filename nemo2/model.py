@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,8 +25,9 @@ from .plan import Plan, StepPlan, plan_step
 from .planning import unfused_layers
 from .pytree import tree_flatten, tree_unflatten
 from .sharding.borrow import Loan, give_back, lent, make_loans
+from .sharding.fused import in_rank_order, is_fused
 from .sharding.reduce import gradient, norm_of, reduce_gradients, scale_gradients
-from .sharding.state import copy_into, gather_params
+from .sharding.state import copy_into, gather_params, whole_if_fused
 from .sharding.storage import Storage, local_of, refuse_uses_outside
 
 if TYPE_CHECKING:
@@ -107,8 +108,13 @@ class ParallelModel(nn.Module):
         )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return original name -> DTensor or buffer of this rank's stage, sharing memory."""
-        params: dict[str, Tensor] = {name: p.detach() for name, p in self.params.items()}
+        """Return original name -> DTensor or buffer of this rank's stage, sharing memory.
+
+        Fused projections (``parts``) that ``tp`` splits come as whole copies, for their order.
+
+        Communication: gathers fused projections over tp and dp; else none.
+        """
+        params = {e.name: whole_if_fused(e, self.storage, self.groups) for e in self.storage}
         return params | self._persistent_buffers()
 
     def full_state_dict(self) -> dict[str, Tensor]:
@@ -126,10 +132,18 @@ class ParallelModel(nn.Module):
     def load_full_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy whole tensors, under original names, into this rank's parts."""
         for entry in self.storage:
-            copy_into(entry.view, state[entry.name])
+            whole = state[entry.name]
+            copy_into(entry.view, in_rank_order(whole, entry.plan, self.groups.sizes.tp))
         for name, buffer in self.module.named_buffers():
             if name in state:
                 buffer.copy_(state[name])
+
+    def take_fused(self, state: Mapping[str, Tensor]) -> None:
+        """Copy the fused projections of a ``state_dict`` that was filled into this rank's parts."""
+        for entry in self.storage:
+            if is_fused(entry.plan) and entry.name in state:
+                whole = local_of(state[entry.name])
+                copy_into(entry.view, in_rank_order(whole, entry.plan, self.groups.sizes.tp))
 
     # --- running
 

@@ -44,6 +44,7 @@ class ParamPlan:
         name: its first name in the unsplit model; ``aliases`` are the names it is tied to.
         shape: global shape; ``local_shape``: of one tensor-parallel rank, before FSDP.
         tp_dim: dim split over ``tp``, or None; ``dp_dim``: dim that FSDP splits, or None.
+        parts: sizes of the parts of a fused ``tp_dim``, each split alone, or None.
         stages: the pipeline stages that hold it; more than one when it is tied across them.
     """
 
@@ -56,6 +57,11 @@ class ParamPlan:
     tp_dim: int | None
     dp_dim: int | None
     stages: tuple[int, ...]
+    parts: tuple[int, ...] | None = None
+
+    @property
+    def tp_layout(self) -> Layout:
+        return REPLICATED if self.tp_dim is None else Layout.fused(self.tp_dim, self.parts)
 
 
 @dataclass(frozen=True)
@@ -167,6 +173,7 @@ def _plan_params(
                 tp_dim,
                 dp_dim,
                 expected_stages(model, (name, *aliases[name]), blocks, stages),
+                by_axis["tp"].parts if tp_dim is not None else None,
             )
         )
     if problems:
@@ -188,11 +195,12 @@ def _problems(
         ]
     for m in marks:
         if m.axis == "tp" and m.dim is not None and sizes.tp > 1:
-            if m.parts is not None:
+            odd = [p for p in m.parts or () if p % sizes.tp]
+            if odd:
                 problems.append(
-                    f"cannot shard '{name}' with parts={m.parts}:"
-                    " fused projections are not built yet\n"
-                    "  options: tp=1 | leave it replicated | use separate projections"
+                    f"cannot shard '{name}' with parts={m.parts} on tp={sizes.tp}:"
+                    f" {odd[0]} % {sizes.tp} = {odd[0] % sizes.tp}\n"
+                    "  options: a tp that divides each part | leave it replicated"
                 )
             elif shape[m.dim] % sizes.tp:
                 problems.append(_indivisible(name, shape, m.dim, sizes.tp))
@@ -240,7 +248,7 @@ def plan_step(
         param = by_name[name]
         out = Absent.like(param.local_shape if local else param.shape, param.dtype, home)
         out.param, out.needs_grad = name, param.trainable
-        out.layouts = (REPLICATED, Layout(param.tp_dim))
+        out.layouts = (REPLICATED, param.tp_layout)
         return out
 
     def record(setting: Setting, given: Any = batch) -> Trace:

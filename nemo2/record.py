@@ -30,7 +30,7 @@ from .sharding.actions import COMPOSITE, Watcher, suspended
 from .sharding.calls import Call, Decision, Scene, differentiable, refuse
 from .sharding.decide import decide
 from .sharding.functions import check_function
-from .sharding.layout import AXES, WHOLE, Sharding, local_shape, sharding
+from .sharding.layout import AXES, WHOLE, Layout, Sharding, local_shape, sharding
 from .sharding.rules import is_query
 from .trace import (
     Activation,
@@ -55,7 +55,7 @@ class Setting:
         degrees: sizes of the axes ``(cp, tp)``.
         scatter: whether sums over ``tp`` leave activations split along the sequence.
         attention: the method of attention over ``cp``.
-        sequence: number of a torch call -> the sequence dims of its first result.
+        sequence: number of a torch call -> where the sequence is in its first result.
         entries: (module, n-th call) -> what happens to its arguments on the way in.
         exits: (module, n-th call) -> axes over which what it returns is gathered.
     """
@@ -63,7 +63,7 @@ class Setting:
     degrees: tuple[int, int] = (1, 1)
     scatter: bool = False
     attention: str = "ring"
-    sequence: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    sequence: Mapping[int, tuple[Layout, ...]] = field(default_factory=dict)
     entries: Mapping[tuple[str, int], tuple[Entry, ...]] = field(default_factory=dict)
     exits: Mapping[tuple[str, int], tuple[str, ...]] = field(default_factory=dict)
 

@@ -290,9 +290,10 @@ def _error(value: Tensor, reference: Tensor, entry: Entry, parallel: ParallelMod
     """Return the norm of the difference of this rank's part; not finite counts as infinite."""
     from torch.distributed.tensor import Shard
 
+    from .sharding.fused import in_rank_order
     from .sharding.storage import local_of
 
-    part = reference.detach()
+    part = in_rank_order(reference.detach(), entry.plan, parallel.groups.sizes.tp)
     for placement, group in zip(
         entry.placements, (parallel.groups.tp, parallel.groups.dp_cp), strict=True
     ):

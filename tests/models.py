@@ -147,6 +147,51 @@ class Encoder(nn.Module):
         return self.head(self.encoder(self.embed(ids), mask=mask, is_causal=True))
 
 
+class FusedAttention(nn.Module):
+    """Query, key and value in one projection of unequal parts, taken apart by ``split``."""
+
+    def __init__(self, heads: int = 4, kv_heads: int = 2) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.size = heads, kv_heads, WIDTH // heads
+        self.sizes = (WIDTH, kv_heads * self.size, kv_heads * self.size)
+        self.qkv, self.out = nn.Linear(WIDTH, sum(self.sizes)), nn.Linear(WIDTH, WIDTH)
+        shard(self.qkv.weight, "tp", dim=0, parts=self.sizes)
+        shard(self.qkv.bias, "tp", dim=0, parts=self.sizes)
+        shard(self.out.weight, "tp", dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).split(self.sizes, dim=-1)
+        q = rearrange(q, "b t (h d) -> b h t d", h=self.heads)
+        k, v = (rearrange(y, "b t (h d) -> b h t d", h=self.kv_heads) for y in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.out(rearrange(y, "b h t d -> b t (h d)"))
+
+
+class FusedBlock(nn.Module):
+    """Fused attention and a gated MLP whose gate and up projections are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
+        self.attention = FusedAttention()
+        self.gate_up, self.down = nn.Linear(WIDTH, 128, bias=False), nn.Linear(64, WIDTH)
+        shard(self.gate_up.weight, "tp", dim=0, parts=(64, 64))
+        shard(self.down.weight, "tp", dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class Fused(GPT):
+    """A GPT of fused blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=0)
+        self.layers.extend(FusedBlock() for _ in range(3))
+
+
 def next_token(model: nn.Module, ids: Tensor) -> Tensor:
     """The mean loss, written for one device, with the shift inside."""
     logits = model(ids[:, :-1])
@@ -171,6 +216,18 @@ LLAMA = {
     "model.layers.*.mlp.down_proj.weight": ("tp", 1),
     "model.embed_tokens.weight": ("tp", 0),
     "model.layers": "pp",
+}
+
+
+GPT2 = {
+    "transformer.h.*.attn.c_attn.weight": ("tp", 1, (WIDTH,) * 3),
+    "transformer.h.*.attn.c_attn.bias": ("tp", 0, (WIDTH,) * 3),
+    "transformer.h.*.attn.c_proj.weight": ("tp", 0),
+    "transformer.h.*.mlp.c_fc.weight": ("tp", 1),
+    "transformer.h.*.mlp.c_fc.bias": ("tp", 0),
+    "transformer.h.*.mlp.c_proj.weight": ("tp", 0),
+    "transformer.wte.weight": ("tp", 0),
+    "transformer.h": "pp",
 }
 
 
@@ -231,7 +288,8 @@ ZOO: dict[str, Case] = {
     "encoder": Case(Encoder, {}, counted),
     "llama": Case(llama, {}, next_token, LLAMA | {"lm_head.weight": ("tp", 0)}),
     "llama tied": Case(llama, {"tied": True}, next_token, LLAMA),
-    "gpt2": Case(gpt2, {}, next_token, {"transformer.h": "pp"}, max_tp=1),
+    "gpt2": Case(gpt2, {}, next_token, GPT2),
+    "fused": Case(Fused),
     "example gpt": Case(example_gpt),
 }
 

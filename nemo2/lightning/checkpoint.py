@@ -125,6 +125,7 @@ def load(
         problems = [str(error)]
     _raise_together(path, problems)
     load_tensors(target, checkpoint_id=path)
+    parallel.take_fused(target["state_dict"])
     for i, optimizer in enumerate(optimizers):
         _fill_optimizer(parallel, optimizer, i, run, target)
     parallel.steps, parallel.seed = run["steps"], run["seed"]
@@ -139,8 +140,7 @@ def _target(
     strict: bool,
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the tensors to read into, and what is missing."""
-    wanted: dict[str, Tensor] = {e.name: e.view.detach() for e in parallel.storage}
-    wanted |= _buffers(parallel)
+    wanted: dict[str, Tensor] = dict(parallel.state_dict()) | _buffers(parallel)
     missing = [n for n in wanted if f"state_dict.{n}" not in saved]
     problems = [f"no tensor for '{n}'" for n in missing] if strict else []
     model = {n: t for n, t in wanted.items() if n not in missing}

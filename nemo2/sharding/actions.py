@@ -54,7 +54,7 @@ class Action:
 
     ``soft`` actions only replace sizes: they are not needed where the module computes the
     same local sizes by itself, which the plan proves by a second run on local shapes.
-    ``scatter``: the dim along which a sum over ``tp`` leaves its result split, or None.
+    ``scatter``: how a sum over ``tp`` leaves its result split, or None.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Action:
     fixes: tuple[Fix, ...] = ()
     value: Any = None
     soft: bool = False
-    scatter: int | None = None
+    scatter: Layout | None = None
 
 
 def apply_steps(x: Tensor, steps: tuple[tuple[str, str, Any], ...], axes: Axes) -> Tensor:
@@ -146,6 +146,12 @@ def _reshape(action: Action, axes: Axes, func: Callable[..., Any], args: Any, kw
 
 def _expand(action: Action, axes: Axes, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return args[0].expand(action.value)
+
+
+def _pieces(action: Action, axes: Axes, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    dim, ranges, single = action.value
+    parts = tuple(args[0].narrow(dim, start, length) for start, length in ranges)
+    return parts[0] if single else parts
 
 
 def _constructor(
@@ -275,6 +281,7 @@ _KINDS: Mapping[str, Callable[..., Any]] = {
     "reshape": _reshape,
     "constructor": _constructor,
     "expand": _expand,
+    "pieces": _pieces,
     "partial": _partial,
     "rowwise": _rowwise,
     "embedding": _embedding,

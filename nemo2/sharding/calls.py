@@ -73,7 +73,7 @@ class Outcome:
     kind: str = "call"
     value: Any = None
     soft: bool = False
-    scatter: int | None = None
+    scatter: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ class Scene:
 
     Attributes:
         degrees: sizes of the axes ``(cp, tp)``.
-        sequence: dims of the (first) result that are the sequence.
+        sequence: where the sequence is in the (first) result.
         scatter: whether sums over ``tp`` may leave their result split along the sequence.
         in_block: whether a pipeline block is running.
         attention: the method of attention over ``cp``.
     """
 
     degrees: tuple[int, int] = (1, 1)
-    sequence: tuple[int, ...] = ()
+    sequence: tuple[Layout, ...] = ()
     scatter: bool = False
     in_block: bool = False
     attention: str = "ring"

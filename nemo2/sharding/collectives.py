@@ -193,27 +193,36 @@ def reduce(x: Tensor, axis: Axis) -> Tensor:
     return _apply(_Reduce, x, axis)
 
 
-def scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """Sum partial results over ``axis``; the result is split along ``dim``.
+def scatter(x: Tensor, layout: Layout, axis: Axis) -> Tensor:
+    """Sum partial results over ``axis``; the result is split as ``layout``, which has no cut.
 
     Communication: forward one reduce-scatter of ``x``'s size over ``axis``; backward one
     all-gather.
     Source: arXiv 2205.05198, section 4.2.2.
     """
-    return _apply(_Scatter, x, dim, axis)
+    assert layout.dim is not None
+    if layout.plain:
+        return _apply(_Scatter, x, layout.dim, axis)
+    dim = layout.dim + 1
+    return _apply(_Scatter, outer_apart(x, layout), dim, axis).flatten(dim - 1, dim)
 
 
 def gather(x: Tensor, layout: Layout | int, axis: Axis, *, varies: bool = False) -> Tensor:
     """Turn a split tensor into a replicated one, which ``varies`` if each rank uses it otherwise.
 
-    Communication: forward one all-gather over ``axis``; backward none (a slice), or one
-    reduce-scatter when it ``varies`` or over an axis whose gradients are summed.
+    Communication: forward one all-gather over ``axis`` (one for each of unequal parts);
+    backward none (a slice), or one reduce-scatter when it ``varies`` or over an axis whose
+    gradients are summed.
     """
     layout = Layout(layout) if isinstance(layout, int) else layout
     assert layout.dim is not None
     varies = varies or axis.summed
     if layout.plain:
         return _apply(_Gather, x, layout.dim, axis, varies)
+    if layout.parts:
+        local = x.split_with_sizes([p // axis.degree for p in layout.parts], layout.dim)
+        whole = [_apply(_Gather, p, layout.dim, axis, varies) for p in local]
+        return torch.cat(whole, layout.dim)
     dim = layout.dim + 1
     x = _apply(_Gather, outer_apart(x, layout), dim, axis, varies)
     before, after = layout.cut
@@ -230,6 +239,9 @@ def split(x: Tensor, layout: Layout | int, axis: Axis) -> Tensor:
     assert layout.dim is not None
     if layout.plain:
         return _split(x, layout.dim, axis)
+    if layout.parts:
+        whole = x.split_with_sizes(layout.parts, layout.dim)
+        return torch.cat([_split(p, layout.dim, axis) for p in whole], layout.dim)
     dim = layout.dim + 1
     x = padded(outer_apart(x, layout), dim, layout.cut)
     return _split(x, dim, axis).flatten(dim - 1, dim)

@@ -26,7 +26,7 @@ def _contract(call: Call, ins: list[tuple[Operand, str]], out: str) -> tuple[str
     split = [(op, letters[op.dim]) for op, letters in ins if op.dim is not None]
     owner, letter = min(split, key=lambda pair: pair[0].param is None)
     twice = len({(id(op), own.find(letter)) for op, own in ins}) > len({id(op) for op, _ in ins})
-    if twice or (letter not in out and not owner.layout.plain):
+    if twice or (letter not in out and any(owner.layout.cut)):
         call.gather()  # one tensor in two places that need different parts of it, or a sum of cuts
         return "", REPLICATED
     layout = owner.layout
@@ -87,7 +87,7 @@ def _with_bias(bias: Operand | None, letter: str, layout: Layout, ndim: int, nam
     if bias is not None and layout.dim is not None:
         want = layout.dim - (ndim - bias.ndim)
         if want >= 0 and bias.meta.shape[want] > 1:
-            bias.split(want)
+            bias.split(layout.at(want))
         else:
             bias.gather()
     return Outcome(layout)
@@ -220,6 +220,8 @@ def cross_entropy_rule(call: Call, out: Any) -> Outcome:
         weight.gather()
         weight.exempt = True
     if logits.dim is None or target.meta.is_floating_point():
+        return call.gather()
+    if logits.dim == class_dim and not logits.layout.plain:
         return call.gather()
     if logits.dim == class_dim:
         return Outcome(REPLICATED, "cross_entropy", logits.meta.shape[class_dim])

@@ -108,11 +108,12 @@ def _scatter(call: Call, outcome: Outcome, out: Any) -> None:
     sequence, outs = call.scene.sequence, tensors(out)
     if not call.scene.scatter or len(sequence) != 1 or len(outs) != 1:
         return
-    dim = sequence[0]
+    layout = sequence[0]
+    assert layout.dim is not None
     cp, tp = call.scene.degrees
     mean = outcome.kind == "partial" and outcome.value != "sum"
-    if not mean and dim < outs[0].ndim and outs[0].shape[dim] % (cp * tp) == 0:
-        outcome.layouts, outcome.scatter = Layout(dim), dim
+    if not mean and outs[0].shape[layout.dim] // layout.outer % (cp * tp) == 0:
+        outcome.layouts, outcome.scatter = layout, layout
         for op in call.operands:
             op.exempt = False  # a bias, added to a part of the tokens
 

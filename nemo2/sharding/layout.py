@@ -22,11 +22,26 @@ class Layout:
         outer: the dim is a flatten of ``(outer, n)``, of which the inner part is split.
         cut: how many elements at the start and at the end of the (inner) dim user code has cut
             off. They stay in memory, so that all ranks hold equal parts, and mean nothing.
+        parts: global sizes of unequal parts of the dim, each of which is split alone (a fused
+            projection); equal parts are ``outer``.
     """
 
     dim: int | None = None
     outer: int = 1
     cut: tuple[int, int] = (0, 0)
+    parts: tuple[int, ...] = ()
+
+    @staticmethod
+    def fused(dim: int, parts: Sequence[int] | None) -> Layout:
+        """Return the layout of a dim whose parts are split one by one."""
+        if not parts or len(parts) == 1:
+            return Layout(dim)
+        equal = len(set(parts)) == 1
+        return Layout(dim, outer=len(parts)) if equal else Layout(dim, parts=tuple(parts))
+
+    def pieces(self, size: int) -> tuple[int, ...]:
+        """Return the sizes of the parts of a dim of global ``size``, each split alone."""
+        return self.parts or (size // self.outer,) * self.outer
 
     @property
     def replicated(self) -> bool:
@@ -35,7 +50,7 @@ class Layout:
     @property
     def plain(self) -> bool:
         """Whether each rank holds one range of the dim, and all of it counts."""
-        return self.outer == 1 and self.cut == (0, 0)
+        return self.outer == 1 and self.cut == (0, 0) and not self.parts
 
     def at(self, dim: int | None) -> Layout:
         """Return the same layout of another dim."""
@@ -53,7 +68,9 @@ class Layout:
         if self.dim is None:
             return "R"
         cut = f" cut {self.cut[0]}:{self.cut[1]}" if any(self.cut) else ""
-        return f"S({self.dim}{f' of {self.outer} parts' if self.outer > 1 else ''}{cut})"
+        parts = f" of parts {self.parts}" if self.parts else ""
+        parts = f" of {self.outer} parts" if self.outer > 1 else parts
+        return f"S({self.dim}{parts}{cut})"
 
 
 REPLICATED = Layout()

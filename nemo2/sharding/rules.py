@@ -167,6 +167,9 @@ def _view_rule(call: Call, out: Any) -> Outcome:
     cut = _cut(call, source, root, outs)
     if cut is not None:
         return Outcome(cut, "identity")
+    pieces = _pieces(call, source, root, outs)
+    if pieces is not None:
+        return pieces
     layouts = [x for x in (_kept(call, source, root, x) for x in outs) if x is not None]
     sized = any(op.dim is not None for op in call.operands[1:])
     if not root.numel() or sized or len(layouts) < len(outs):
@@ -186,8 +189,11 @@ def _kept(call: Call, source: Operand, root: Tensor, out: Tensor) -> Layout | No
     if not torch._C._is_alias_of(out, root):  # type: ignore[attr-defined]
         return None
     carried = _carried(root.shape, source.layout, out)
+    if carried is None and not source.layout.plain and not any(source.layout.cut):
+        carried = _image_of_parts(root.shape, source.layout, out, call.granularity)
     if carried is not None or not source.layout.plain:
-        return carried
+        same = carried is None or out.shape[carried.dim or 0] == root.shape[source.dim]
+        return carried if same or call.name not in ("__getitem__", "narrow") else None
     dim = _image(root.shape, source.dim, out, call.granularity)
     if dim is None or (call.name == "__getitem__" and out.shape[dim] != root.shape[source.dim]):
         return None  # strided: where it starts on each rank depends on the local size
@@ -206,9 +212,64 @@ def _carried(source: torch.Size, layout: Layout, out: Tensor) -> Layout | None:
         step *= size
     inner = source[layout.dim] // layout.outer
     for d, (size, stride) in enumerate(zip(out.shape, out.stride(), strict=True)):
-        if inner > 1 and stride == step and size % inner == 0:
+        if layout.parts and stride == step and size == source[layout.dim]:
+            return layout.at(d)
+        if inner > 1 and stride == step and size % inner == 0 and not layout.parts:
             return Layout(d, size // inner, layout.cut)
     return None
+
+
+def _image_of_parts(
+    source: torch.Size, layout: Layout, out: Tensor, granularity: int
+) -> Layout | None:
+    """Return the layout of a view that takes the parts of a fused dim apart: into heads, say."""
+    assert layout.dim is not None
+    step = 1
+    for size in source[layout.dim + 1 :]:
+        step *= size
+    total = source[layout.dim]
+    for d, (size, stride) in enumerate(zip(out.shape, out.stride(), strict=True)):
+        if stride <= step or stride % step:
+            continue
+        width = stride // step  # elements of the fused dim in one of this dim
+        parts = [p // width for p in layout.pieces(total)]
+        if any(p % width for p in layout.pieces(total)) or any(p % granularity for p in parts):
+            continue
+        if size == sum(parts):
+            return Layout.fused(d, parts)
+        if not layout.parts and size == parts[0]:
+            return Layout(d)
+    return None
+
+
+_PIECES = ("split", "split_with_sizes", "chunk", "tensor_split", "__getitem__", "narrow")
+
+
+def _pieces(call: Call, source: Operand, root: Tensor, outs: list[Tensor]) -> Outcome | None:
+    """Return what takes a fused dim apart along its parts: ``qkv.split((dq, dk, dv), -1)``."""
+    layout = source.layout
+    if layout.dim is None or call.name not in _PIECES or not (layout.outer > 1 or layout.parts):
+        return None
+    dim, parts = layout.dim, layout.pieces(root.shape[layout.dim])
+    edges = [sum(parts[:i]) for i in range(len(parts) + 1)]
+    layouts, ranges = [], []
+    for out in outs:
+        other = [d for d in range(root.ndim) if d != dim]
+        if out.ndim != root.ndim or out.stride() != root.stride():
+            return None
+        if any(out.shape[d] != root.shape[d] for d in other) or any(layout.cut):
+            return None
+        start = int(out.storage_offset()) // max(root.stride(dim), 1)
+        end = start + out.shape[dim]
+        if start not in edges or end not in edges or start == end:
+            return None
+        covered = parts[edges.index(start) : edges.index(end)]
+        layouts.append(Layout.fused(dim, covered))
+        ranges.append((start // call.degree, (end - start) // call.degree))
+    if len(outs) == 1 and outs[0].shape == root.shape:
+        return None
+    single = call.name in ("__getitem__", "narrow")
+    return Outcome(layouts, "pieces", (dim, tuple(ranges), single), soft=call.name == "chunk")
 
 
 def _cut(call: Call, source: Operand, root: Tensor, outs: list[Tensor]) -> Layout | None:

@@ -7,11 +7,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from ..mesh.groups import MeshGroups
 from ..plan import Plan
-from .storage import Storage
+from .fused import in_original_order, is_fused
+from .storage import Entry, Storage
+
+
+def whole_if_fused(entry: Entry, storage: Storage, groups: MeshGroups) -> Tensor:
+    """Return the parameter's DTensor; of a fused one a whole copy in its original order.
+
+    Communication: gathers a fused parameter over tp and dp.
+    """
+    if not is_fused(entry.plan):
+        return entry.view.detach()
+    held = entry.wrap(entry.local, storage.mesh).full_tensor()
+    whole = in_original_order(held, entry.plan, groups.sizes.tp)
+    everywhere = [Replicate()] * storage.mesh.ndim
+    return DTensor.from_local(whole, storage.mesh, everywhere, run_check=False)
 
 
 def gather_params(storage: Storage, plan: Plan, groups: MeshGroups) -> dict[str, Tensor]:
@@ -22,7 +36,8 @@ def gather_params(storage: Storage, plan: Plan, groups: MeshGroups) -> dict[str,
     own: dict[str, Tensor] = {}
     for entry in storage:
         if groups.pp_rank == min(entry.plan.stages):
-            own[entry.name] = entry.wrap(entry.local, storage.mesh).full_tensor()
+            held = entry.wrap(entry.local, storage.mesh).full_tensor()
+            own[entry.name] = in_original_order(held, entry.plan, groups.sizes.tp)
     everything = _share(own, groups) if len(plan.stages) > 1 else own
     for param in plan.params:
         for alias in param.aliases:
@@ -50,7 +65,7 @@ def _share(own: dict[str, Tensor], groups: MeshGroups) -> dict[str, Tensor]:
 
 
 def copy_into(view: Tensor, full: Tensor) -> None:
-    """Copy this rank's part of the whole tensor ``full`` into the memory of ``view``.
+    """Copy this rank's part of the whole tensor ``full``, in rank order, into ``view``'s memory.
 
     Communication: none.
     """

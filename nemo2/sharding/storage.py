@@ -26,6 +26,7 @@ from ..places import Place
 from ..plan import ParamPlan, Plan
 from ..trace import Trace
 from .collectives import gather_single
+from .fused import in_rank_order
 
 
 @dataclass
@@ -214,7 +215,8 @@ def _tp_part(full: Tensor, param: ParamPlan, groups: MeshGroups) -> Tensor:
     if param.tp_dim is None:
         return full
     size = full.shape[param.tp_dim] // groups.sizes.tp
-    return full.narrow(param.tp_dim, groups.tp_rank * size, size).clone()
+    whole = in_rank_order(full, param, groups.sizes.tp)
+    return whole.narrow(param.tp_dim, groups.tp_rank * size, size).clone()
 
 
 def shard_over_dp(
