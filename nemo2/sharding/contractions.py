@@ -185,6 +185,8 @@ def _context_attention(
             f" draw their own numbers, which would differ from those of one device{user_line()}\n"
             "  options: dropout_p=0 in attention (dropout elsewhere is fine) | cp=1"
         )
+    if call.scene.attention == "ulysses" and not whole:
+        _check_heads(call, q)
     if mask is not None and mask.needs_grad:
         raise ShardingError(
             f"attention over cp={call.degree} with a mask that needs a gradient{user_line()}\n"
@@ -195,6 +197,21 @@ def _context_attention(
             mask.split(mask.ndim - 2)
         return Outcome(q.layout)
     return Outcome(q.layout, "attention", call.scene.attention)
+
+
+def _check_heads(call: Call, q: Operand) -> None:
+    """Refuse Ulysses where it cannot split the heads that one rank of ``tp`` has."""
+    dim, tp = q.ndim - 3, call.scene.degrees[1]
+    heads = q.meta.shape[dim] if dim >= 0 else 1
+    own = heads // tp if q.other.dim == dim else heads
+    if own % call.degree:
+        shared = f" (of {heads} over tp={tp})" if own != heads else ""
+        raise ShardingError(
+            f"context_parallel='ulysses' splits heads: {own}{shared} do not divide by"
+            f" cp={call.degree}{user_line()}\n"
+            "  options: context_parallel='ring' or 'all_gather', which split no heads"
+            " | a cp that divides them"
+        )
 
 
 def _select(op: Operand, heads: int, ratio: int, degree: int) -> None:
