@@ -288,9 +288,8 @@ def _step_alone(
 def _error(value: Tensor, reference: Tensor, entry: Entry, parallel: ParallelModel) -> float:
     """Return the norm of the difference of this rank's part; not finite counts as infinite."""
     part = reference.detach()
-    for placement, group in zip(
-        entry.placements, (parallel.groups.tp, parallel.groups.dp_cp), strict=True
-    ):
+    groups = parallel.storage.mesh.get_all_groups()
+    for placement, group in zip(entry.placements, groups, strict=True):
         if isinstance(placement, Shard):
             pieces = part.chunk(group.size(), placement.dim)
             here = group.rank() < len(pieces)
