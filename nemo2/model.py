@@ -25,10 +25,11 @@ from .plan import Plan, StepPlan, plan_step
 from .planning import unfused_layers
 from .pytree import tree_flatten, tree_unflatten
 from .sharding.borrow import Loan, give_back, lent, make_loans
-from .sharding.data_parallel import DataParallelRun, Use
+from .sharding.data_parallel import DataParallelRun
 from .sharding.reduce import gradient, norm_of, reduce_gradients, scale_gradients
 from .sharding.state import copy_into, gather_params
 from .sharding.storage import Storage, local_of, refuse_uses_outside
+from .skipping import SkipWatch
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -65,7 +66,7 @@ class ParallelModel(nn.Module):
         self.ties, self.seed, self.steps = ties, seed, 0
         self.__dict__["places"] = tuple(places)
         self._data_parallel = DataParallelRun(plan, runner, managed, storage, groups)
-        self._step_plans: OrderedDict[Any, tuple[StepPlan | None, Use]] = OrderedDict()
+        self._step_plans: OrderedDict[Any, tuple[StepPlan | None, bool]] = OrderedDict()
         self._loans_made: dict[Any, list[Loan]] = {}
 
     # --- what nn.Module users expect, under original names
@@ -242,12 +243,14 @@ class ParallelModel(nn.Module):
         self.storage.follow_freezing()
         with self.storage.computing(), ExitStack() as stack:
             stack.enter_context(unfused_layers())
-            step_plan, use = self._plan_for(step, parts[0], key)
+            step_plan, may_skip = self._plan_for(step, parts[0], key)
             if step_plan is not None:
                 runner.use(step_plan)
             stack.enter_context(lent(self._loans(step_plan), self.storage, groups))
             stack.enter_context(self._seeded())
-            stack.enter_context(self._data_parallel.running(use, forward_only=forward_only))
+            stack.enter_context(
+                self._data_parallel.running(may_skip=may_skip, forward_only=forward_only)
+            )
             program = Program(runner, step, parts, forward_only, self.seed_for)
             return run_schedule(
                 program,
@@ -263,50 +266,45 @@ class ParallelModel(nn.Module):
                 groups=Groups(groups.tp, groups.cp, groups.dp_cp),
             )
 
-    def _plan_for(self, step: Step, batch: Any, key: Any) -> tuple[StepPlan | None, Use]:
+    def _plan_for(self, step: Step, batch: Any, key: Any) -> tuple[StepPlan | None, bool]:
         """Return the step's plan, made at the first call for these shapes, or None if not needed.
 
-        And what may differ between dp ranks.
+        And whether dp ranks may skip blocks.
         """
         alone = self.plan.sizes.tp == 1 and self.plan.sizes.pp == 1
         if alone and not self.managed:
-            return None, Use.SAME
+            return None, False
         leaves, spec = tree_flatten(batch)
         shapes = tuple(
             (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else _hashable(x) for x in leaves
         )
         full = (key, spec, shapes, flags(self.module), torch.is_grad_enabled())
         if full not in self._step_plans:
-            made, use = self._plan_step(step, batch, alone)
-            self._step_plans[full] = None if alone else made, use
+            made, may_skip = self._plan_step(step, batch, alone)
+            self._step_plans[full] = None if alone else made, may_skip
             while len(self._step_plans) > 64:
                 self._step_plans.popitem(last=False)
         return self._step_plans[full]
 
-    def _plan_step(self, step: Step, batch: Any, alone: bool) -> tuple[StepPlan | None, Use]:
+    def _plan_step(self, step: Step, batch: Any, alone: bool) -> tuple[StepPlan | None, bool]:
         """Plan a step; only one that is ``alone`` on its mesh may read values before its end."""
-        called: set[str] = set()
-        with self.runner.as_written(self.managed), ExitStack() as watch:
-            for name in self.plan.blocks:
-                block = self.module.get_submodule(name)
-                note = block.register_forward_pre_hook(lambda *_, name=name: called.add(name))
-                watch.callback(note.remove)
+        blocks = [self.module.get_submodule(name) for name in self.plan.blocks]
+        with self.runner.as_written(self.managed):
+            watch = SkipWatch(blocks)
+
+            def watched() -> Any:
+                with watch:
+                    return step(self.module, batch)
+
             try:
-                made = plan_step(
-                    self.plan,
-                    self.module,
-                    lambda: step(self.module, batch),
-                    self.places,
-                    self.groups.device,
-                )
+                made = plan_step(self.plan, self.module, watched, self.places, self.groups.device)
             except NeedsValueError:
                 if not alone:
                     raise
-                all_called = len(called) == len(self.plan.blocks)
-                return None, Use.PARAMETERS if all_called else Use.BLOCKS
+                return None, watch.may_skip
         if self.managed:
             refuse_uses_outside(made.trace, self.plan.blocks)
-        return made, Use.SAME if made.trace.complete else Use.PARAMETERS
+        return made, watch.may_skip
 
     def _loans(self, step_plan: StepPlan | None) -> list[Loan]:
         """Return the loans of a step, made once for each set of borrowed parameters."""

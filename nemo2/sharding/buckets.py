@@ -56,6 +56,7 @@ class _Bucket:
 class Buckets:
     """Sums the gradients of ``entries`` over ``group``, once a step.
 
+    Buckets are launched in a backward while ``listening``; the others when the step ends.
     Buckets follow the reverse order of registration in the first step, then the order in which
     its gradients came on the group's first rank.
     """
@@ -82,7 +83,6 @@ class Buckets:
         self._buckets = [_Bucket([entries[i] for i in part], len(part)) for part in packed]
         self._bucket_of = {e.name: b for b in self._buckets for e in b.entries}
         self._came, self._used, self._launched = Counter(), set(), 0
-        self.listening = True
 
     def _arrived(self, entry: Entry, _: Tensor) -> None:
         """Note that a backward has added to a gradient; launch what is complete.
@@ -127,7 +127,6 @@ class Buckets:
             parameter; in the first step a broadcast of 8 bytes a parameter; and one of what
             came after its bucket was launched on some rank, for each dtype.
         """
-        self.listening = False
         while self._launched < len(self._buckets):
             self._launch()
         entries = [e for b in self._buckets for e in b.entries]

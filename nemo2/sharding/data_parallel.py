@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from typing import Any, cast
 
 import torch
@@ -17,20 +16,13 @@ from .reduce import agree
 from .storage import Storage
 
 
-class Use(Enum):
-    """What may differ between dp ranks in a step, because the step reads values of tensors."""
-
-    SAME = "nothing"
-    PARAMETERS = "which parameters it uses, in blocks that all ranks run"
-    BLOCKS = "which blocks it runs"
-
-
 class DataParallelRun:
     """Reduces gradients over ``dp``: FSDP2 those of split parameters, buckets the others.
 
-    FSDP2 expects that all ranks use the same parameters. When a step may differ, missing
-    gradients are zeros; when blocks may be skipped, too, all is gathered before the step and
-    reduced after it, in one order on all ranks.
+    FSDP2 expects that all ranks use the same parameters in the same order. Here gradients are
+    reduced in one order whatever a rank uses: the blocks last to first, then what is outside of
+    them; what this rank has not used is zeros. Parameters that are kept for the step are
+    gathered before it, so a rank may skip blocks.
     """
 
     def __init__(
@@ -43,43 +35,56 @@ class DataParallelRun:
     ) -> None:
         self.groups = groups
         self.active = groups.dp_cp.size() > 1
+        self._plan = plan
         self._runner: Any = runner  # an FSDPModule when there are managed modules
         self._managed: list[Any] = list(managed)
-        self._keeps = plan.options.data_parallel.keeps(plan.sizes, plan.options.pipeline)
         self._split = [e for e in storage if not e.replicated_over_dp]
         whole = [e for e in storage if e.replicated_over_dp] if self.active else []
         self._buckets = Buckets(whole, groups.dp_cp, groups.device)
-        self._use = Use.SAME
+        self._kept = self._keeps = plan.options.data_parallel.keeps(
+            plan.sizes, plan.options.pipeline
+        )
+        self._training = False
         self._used: set[int] = set()  # the split parameters that had a gradient, by id
-        for module in self._managed:
+        self._units: list[Any] = []  # FSDP2's groups of parameters, in the order of reductions
+        self._turns: list[int] = []  # those that are trained in this step
+        self._reduced = 0  # how many turns this step has seen
+        self._waiting: set[int] = set()  # units with gradients, whose turn has not come
+        self._waited = False
+        for module in (*reversed(self._managed[:-1]), *self._managed[-1:]):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            for group in _param_groups(module):
-                self._complete_before_reducing(group)
+            self._units += _param_groups(module)
+        self._reduce = [self._in_order(i, unit) for i, unit in enumerate(self._units)]
 
     @contextmanager
-    def running(self, use: Use, *, forward_only: bool) -> Iterator[None]:
-        """Run a schedule inside; gradients are reduced when it ends, and shards are left.
+    def running(self, *, may_skip: bool, forward_only: bool) -> Iterator[None]:
+        """Run a schedule inside; when it ends gradients are reduced and shards are left.
 
-        Communication: in training that of ``Buckets.finish``, and when use may differ one
-            all-reduce of a byte for each split parameter; what FSDP2 has not done before.
+        Args:
+            may_skip: whether ranks may run different blocks.
+
+        Communication: what FSDP2's hooks and the buckets have not done during the schedule,
+            and an all-reduce of a byte for each split parameter.
         """
-        self._use, self._used = use, set()
-        with self._all_gathered() if use is Use.BLOCKS else self._gathered_by_fsdp():
-            if not forward_only:
+        self._used, self._reduced, self._training = set(), 0, not forward_only
+        self._waiting, self._waited = set(), False
+        self._turns = [i for i, unit in enumerate(self._units) if _trained(unit)]
+        # reshard=True asks for memory; its ranks have to run the same blocks.
+        frees = may_skip and self._plan.options.data_parallel.reshard == "auto" and not self._kept
+        self._keeps = self._kept or frees
+        with self._without_freeing() if frees else self._as_made():
+            if self._keeps and self._plan.sizes.pp == 1:
+                for module in (*self._managed[-1:], *self._managed[:-1]):
+                    module.unshard(async_op=True)
+            if self._training:
                 self._buckets.begin()
-            try:
-                yield
-            finally:
-                self._buckets.listening = False
-            if not forward_only and use is Use.BLOCKS:
-                self._reduce_all()
-        if forward_only:
-            for module in self._managed:
-                module.reshard()
-            return
-        self._buckets.finish()
-        if use is not Use.SAME:
+                self._listen(True)
+            yield
+            if self._training and self._managed:
+                self._reduce_the_rest()
+        if self._training:
+            self._buckets.finish()
             self._forget_unused()
 
     @contextmanager
@@ -92,71 +97,101 @@ class DataParallelRun:
             self._last_backward(True)
 
     def _last_backward(self, last: bool) -> None:
-        self._buckets.listening = last
-        if self._managed and self._use is not Use.BLOCKS:
+        self._listen(last)
+        if self._managed:
             self._runner.set_is_last_backward(last)
             if self._keeps:
-                self._reduce_in_backward(last)
+                self._runner.set_requires_gradient_sync(last)
+                self._runner.set_reshard_after_backward(last)
 
-    def _reduce_in_backward(self, on: bool) -> None:
-        self._runner.set_requires_gradient_sync(on)
-        self._runner.set_reshard_after_backward(on)
+    def _listen(self, on: bool) -> None:
+        """Let buckets be launched in the backward; not between the collectives of FSDP2.
+
+        When a bucket is complete may differ between ranks, and they share a group.
+        """
+        self._buckets.listening = on and not self._managed
 
     @contextmanager
-    def _gathered_by_fsdp(self) -> Iterator[None]:
-        yield
-
-    @contextmanager
-    def _all_gathered(self) -> Iterator[None]:
-        """Gather all parameters, and let FSDP2 neither gather, free nor reduce."""
-        groups = [g for m in self._managed for g in _param_groups(m)]
-        frees = [g._reshard_after_forward for g in groups]
-        self._runner.set_is_last_backward(False)
-        self._reduce_in_backward(False)
-        for module in (self._runner, *self._managed[:-1]):  # as the forward needs them
-            module.set_reshard_after_forward(False, recurse=False)
-            module.unshard(async_op=True)
+    def _as_made(self) -> Iterator[None]:
+        """Leave nothing gathered, also when the user's code raises."""
         try:
             yield
         finally:
-            self._runner.set_is_last_backward(True)
-            self._reduce_in_backward(True)
-            for module, free in zip(self._managed, frees, strict=True):
-                module.set_reshard_after_forward(free, recurse=False)
+            self._listen(False)
+            for unit in self._units:
+                unit.wait_for_unshard()
+            for module in self._managed:
+                module.reshard()
 
-    def _reduce_all(self) -> None:
-        """Reduce the gradients of all FSDP modules, in one order on all ranks."""
-        for module in self._managed:
-            module.unshard()  # ends the gathers that this rank has not waited for
-        self._runner.set_is_last_backward(True)
-        self._reduce_in_backward(True)
-        # What FSDP2 does at the end of a backward with the modules that it did not reach.
-        self._runner._get_fsdp_state()._root_post_backward_final_callback()
+    @contextmanager
+    def _without_freeing(self) -> Iterator[None]:
+        """Keep what is gathered for this step only."""
+        blocks = self._managed[:-1]
+        for module in blocks:
+            module.set_reshard_after_forward(False, recurse=False)
+        try:
+            with self._as_made():
+                yield
+        finally:
+            for module in blocks:
+                module.set_reshard_after_forward(True, recurse=False)
 
-    def _complete_before_reducing(self, group: Any) -> None:
-        """Let missing gradients of an FSDP2 group be zeros when ranks may differ.
+    def _in_order(self, index: int, unit: Any) -> Any:
+        """Let FSDP2 reduce a unit when it is its turn; return how to reduce it at once.
 
-        FSDP2 reduces only the gradients that are there, so sizes would not fit. torch 2.13 has
-        ``set_reduce_scatter_unused_params``, which does not say what was used.
+        A unit that has no gradient is left for the end of the step: FSDP2 calls this for what
+        a backward has not reached, too.
         """
-        original = group.post_backward
+        original = unit.post_backward
 
-        def post_backward(*args: Any) -> None:
-            if self._use is not Use.SAME and group.reduce_grads:
-                for param in group.fsdp_params:
-                    self._complete(param)
+        def reduce(*args: Any) -> None:
+            for param in unit.fsdp_params:
+                self._complete(param)
+            self._waiting.discard(index)
+            self._reduced += 1
             original(*args)
 
-        group.post_backward = post_backward
+        def post_backward(*args: Any) -> None:
+            unit.wait_for_unshard()  # of what was gathered before the step and not used
+            if not unit.reduce_grads or not any(map(_has_gradient, unit.fsdp_params)):
+                original(*args)
+            elif self._turn() == index:
+                reduce(*args)
+                while self._turn() in self._waiting:
+                    self._reduce[self._turn()]()
+            else:
+                self._waiting.add(index)
+                self._waited = True
+                unit.reduce_grads = False
+                original(*args)
+                unit.reduce_grads = True
+
+        unit.post_backward = post_backward
+        return reduce
+
+    def _turn(self) -> int:
+        return self._turns[self._reduced % len(self._turns)]
 
     def _complete(self, param: Any) -> None:
-        if not hasattr(param, "_unsharded_param") or not param.sharded_param.requires_grad:
-            return
-        whole = param._unsharded_param
-        if whole.grad is not None or param.unsharded_accumulated_grad is not None:
+        """Note whether FSDP2's parameter has a gradient, and give it zeros if not.
+
+        FSDP2 reduces the gradients that are there, so sizes would differ between ranks. torch
+        2.13 has ``set_reduce_scatter_unused_params``, which does not say what was used.
+        """
+        if _has_gradient(param):
             self._used.add(id(param.sharded_param))
-        else:
-            whole.grad = torch.zeros_like(whole)
+        elif hasattr(param, "_unsharded_param") and param.sharded_param.requires_grad:
+            param._unsharded_param.grad = torch.zeros_like(param._unsharded_param)
+
+    def _reduce_the_rest(self) -> None:
+        """Reduce what waits for a unit that this rank has not used, and that unit."""
+        passes = 1 if self._keeps else self._plan.options.pipeline.microbatches
+        wanted = passes * len(self._turns)
+        if self._waited or self._reduced < wanted:
+            while self._reduced < wanted:
+                self._reduce[self._turn()]()
+            # Waits for the reductions, as FSDP2 does at the end of a backward.
+            self._runner._get_fsdp_state()._root_post_backward_final_callback()
 
     def _forget_unused(self) -> None:
         """Leave no gradient where no rank had one."""
@@ -167,6 +202,17 @@ class DataParallelRun:
         for entry, used in zip(entries, flags, strict=True):
             if not used:
                 entry.compute.grad = None
+
+
+def _has_gradient(param: Any) -> bool:
+    """Say whether FSDP2's parameter has a gradient that is not reduced."""
+    if param.unsharded_accumulated_grad is not None:
+        return True
+    return hasattr(param, "_unsharded_param") and param._unsharded_param.grad is not None
+
+
+def _trained(unit: Any) -> bool:
+    return any(param.sharded_param.requires_grad for param in unit.fsdp_params)
 
 
 def _param_groups(module: nn.Module) -> list[Any]:
