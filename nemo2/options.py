@@ -49,11 +49,12 @@ class DataParallel:
             within a replica, then all-reduced over the replicas.
         reshard: when the ranks of ``"fsdp"`` free gathered parameters. ``False``: at the end of
             the step. ``True`` asks for memory: after each forward and each backward of a block,
-            and unreduced gradients are not kept from one microbatch to the next. ``"auto"``:
-            as ``True`` for one microbatch without pipelining, else as ``False``.
+            and unreduced gradients are not kept from one microbatch to the next; then all dp
+            ranks must run the same blocks. ``"auto"``: as ``True`` for one microbatch without
+            pipelining, unless the step reads values before it has called all blocks, so that
+            ranks may skip some; else as ``False``.
 
-    Under ``"zero1"`` and ``"fsdp"`` all dp ranks must run the same program: control flow may
-    follow the values of tensors of the batch, but not a rank, or chance.
+    Parameters of a block may go unused on some ranks under all kinds.
     """
 
     kind: str = "fsdp"

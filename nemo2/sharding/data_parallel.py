@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import Variable
 
 from ..mesh.groups import MeshGroups
 from ..plan import Plan
+from ..pytree import tree_leaves
 from .buckets import Buckets
 from .reduce import agree
 from .storage import Storage
@@ -56,6 +58,10 @@ class DataParallelRun:
             module.set_force_sum_reduction_for_comms(True)
             self._units += _param_groups(module)
         self._reduce = [self._in_order(i, unit) for i, unit in enumerate(self._units)]
+        self._backwards = 0  # of microbatches, in this step
+        self._in_backward = False
+        if self._managed and not self._kept:
+            self._runner.register_forward_hook(self._expect_backward)
 
     @contextmanager
     def running(self, *, may_skip: bool, forward_only: bool) -> Iterator[None]:
@@ -69,6 +75,7 @@ class DataParallelRun:
         """
         self._used, self._reduced, self._training = set(), 0, not forward_only
         self._waiting, self._waited = set(), False
+        self._backwards, self._in_backward = 0, False
         self._turns = [i for i, unit in enumerate(self._units) if _trained(unit)]
         # reshard=True asks for memory; its ranks have to run the same blocks.
         frees = may_skip and self._plan.options.data_parallel.reshard == "auto" and not self._kept
@@ -139,8 +146,8 @@ class DataParallelRun:
     def _in_order(self, index: int, unit: Any) -> Any:
         """Let FSDP2 reduce a unit when it is its turn; return how to reduce it at once.
 
-        A unit that has no gradient is left for the end of the step: FSDP2 calls this for what
-        a backward has not reached, too.
+        A unit without gradients is left for the end of the backward, or of the step when all is
+        kept: FSDP2 calls this for what a backward has not reached, too.
         """
         original = unit.post_backward
 
@@ -183,13 +190,32 @@ class DataParallelRun:
         elif hasattr(param, "_unsharded_param") and param.sharded_param.requires_grad:
             param._unsharded_param.grad = torch.zeros_like(param._unsharded_param)
 
-    def _reduce_the_rest(self) -> None:
+    def _expect_backward(self, runner: nn.Module, args: Any, output: Any) -> None:
+        """Let each microbatch's backward end with its reductions, before the next gather."""
+        if self._training and not self._keeps:
+            for x in tree_leaves(output):
+                if isinstance(x, Tensor) and x.requires_grad:
+                    x.register_hook(self._begin_backward)  # type: ignore[no-untyped-call]
+
+    def _begin_backward(self, grad: Tensor) -> None:
+        if not self._in_backward:
+            self._in_backward = True
+            Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _end_backward(self) -> None:
+        self._in_backward = False
+        self._backwards += 1
+        self._reduce_up_to(self._backwards)
+
+    def _reduce_up_to(self, passes: int) -> None:
         """Reduce what waits for a unit that this rank has not used, and that unit."""
-        passes = 1 if self._keeps else self._plan.options.pipeline.microbatches
-        wanted = passes * len(self._turns)
-        if self._waited or self._reduced < wanted:
-            while self._reduced < wanted:
-                self._reduce[self._turn()]()
+        while self._reduced < passes * len(self._turns):
+            self._waited = True
+            self._reduce[self._turn()]()
+
+    def _reduce_the_rest(self) -> None:
+        self._reduce_up_to(1 if self._keeps else self._plan.options.pipeline.microbatches)
+        if self._waited:
             # Waits for the reductions, as FSDP2 does at the end of a backward.
             self._runner._get_fsdp_state()._root_post_backward_final_callback()
 
