@@ -45,6 +45,11 @@ def pack(sizes: Sequence[tuple[torch.dtype, int]]) -> list[list[int]]:
     return buckets
 
 
+def start_sum(flat: Tensor, group: ProcessGroup) -> Any:
+    """Start to sum ``flat`` over ``group`` in place; returns the work to wait for."""
+    return dist.all_reduce(flat, group=group, async_op=True)
+
+
 @dataclass
 class _Bucket:
     entries: list[Entry]
@@ -118,7 +123,7 @@ class Buckets:
                 self._used.add(entry.name)
                 parts.append(grad.detach().reshape(-1))
         bucket.flat = torch.cat(parts) if len(parts) > 1 else parts[0]
-        bucket.work = dist.all_reduce(bucket.flat, group=self.group, async_op=True)
+        bucket.work = start_sum(bucket.flat, self.group)
 
     def finish(self) -> None:
         """Leave the sums as gradients; a parameter that no rank used keeps none.
