@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     check.add_argument("--dtype", default="float64", choices=("float64", "float32", "bfloat16"))
     check.add_argument("--rtol", type=float)
-    check.add_argument("--data-parallel", default="fsdp", choices=("ddp", "fsdp"))
+    check.add_argument("--data-parallel", default="fsdp", choices=("ddp", "zero1", "fsdp"))
     check.add_argument("--microbatches", type=int, default=1)
     args = parser.parse_args(argv)
     sys.path.insert(0, "")

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .sharding.actions import Action
+from .sharding.buckets import pack
 from .sharding.layout import AXES, Layout
 from .trace import Activation, Entry, Event, Trace
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from .plan import ParamPlan, Plan
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,86 @@ def collectives(trace: Trace) -> tuple[Collective, ...]:
     if trace.degrees == (1, 1):
         return ()
     return tuple(_Reader(trace.degrees).read(trace.root))
+
+
+@dataclass(frozen=True)
+class StepCollective:
+    """One data-parallel collective of a step, on one rank of a stage.
+
+    Attributes:
+        unit: the block whose parameters it is for, ``""`` for those outside of blocks, or
+            ``"bucket 0"``.
+        kind: all-gather, reduce-scatter, all-reduce; ``count``: how often in a step.
+        elements: of the tensor that is gathered or reduced, padding included.
+    """
+
+    unit: str
+    kind: str
+    count: int
+    elements: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
+
+def data_parallel(plan: Plan, stage: int) -> tuple[StepCollective, ...]:
+    """Return the collectives over ``dp`` of large tensors in one step of ``stage``.
+
+    Exact for a model whose trainable parameters are all used, and that gradients reach: what is
+    frozen is not reduced, and a block before the first trainable parameter not gathered for
+    the backward. Buckets are counted in the order of registration, that of the first step.
+    """
+    if plan.sizes.dp * plan.sizes.cp == 1:
+        return ()
+    shards = plan.options.data_parallel.shards(plan.sizes)
+    here = [p for p in plan.params if stage in p.stages]
+    found: list[StepCollective] = []
+    if shards > 1:
+        for unit, params in _units(plan, stage, [p for p in here if p.shape]).items():
+            found += _of_unit(plan, unit, params, shards)
+    whole = [p for p in reversed(here) if p.trainable and (shards == 1 or not p.shape)]
+    sizes = [(p.dtype, prod(p.local_shape) * p.dtype.itemsize) for p in whole]
+    for index, bucket in enumerate(pack(sizes)):
+        elements = sum(prod(whole[i].local_shape) for i in bucket)
+        dtype = whole[bucket[0]].dtype
+        found.append(StepCollective(f"bucket {index}", "all-reduce", 1, elements, dtype))
+    return tuple(found)
+
+
+def _units(plan: Plan, stage: int, params: list[ParamPlan]) -> dict[str, list[ParamPlan]]:
+    """Return the parameters that FSDP gathers together, by block; the rest is ``""``."""
+    units: dict[str, list[ParamPlan]] = {}
+    for p in params:
+        names = (p.name, *p.aliases)
+        inside = [b for b in plan.blocks if any(n.startswith(f"{b}.") for n in names)]
+        units.setdefault(inside[0] if inside else "", []).append(p)
+    return units
+
+
+def _of_unit(
+    plan: Plan, unit: str, params: list[ParamPlan], shards: int
+) -> Iterator[StepCollective]:
+    """Yield the gathers of a unit's parameters and the reductions of their gradients."""
+    microbatches = plan.options.pipeline.microbatches
+    keeps = plan.options.data_parallel.keeps(plan.sizes, plan.options.pipeline)
+    again = 1 if not unit and plan.sizes.pp == 1 else 2  # see shard_over_dp
+    elements = sum(_padded(p, shards) for p in params)
+    dtype = params[0].dtype
+    yield StepCollective(unit, "all-gather", 1 if keeps else again * microbatches, elements, dtype)
+    elements = sum(_padded(p, shards) for p in params if p.trainable)
+    if elements:
+        times = 1 if keeps else microbatches
+        yield StepCollective(unit, "reduce-scatter", times, elements, dtype)
+        if plan.options.data_parallel.replicate > 1:
+            yield StepCollective(unit, "all-reduce", times, elements // shards, dtype)
+
+
+def _padded(param: ParamPlan, shards: int) -> int:
+    """Return the number of elements of a parameter padded to equal shards."""
+    size = param.local_shape[param.dp_dim or 0]
+    return prod(param.local_shape) // size * -(-size // shards) * shards if size else 0
 
 
 def boundary_bytes(plan: Plan) -> list[int]:

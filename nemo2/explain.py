@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
-from .communication import boundary_bytes, collectives
+from .communication import boundary_bytes, collectives, data_parallel
+from .options import DataParallel
 from .plan import ParamPlan, Plan, StepPlan
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def tables(plan: Plan) -> str:
     options = plan.options
     head = (
         f"mesh {plan.sizes} ({plan.sizes.world} ranks), "
-        f"data_parallel={options.data_parallel.kind}, "
+        f"data_parallel={_kind(options.data_parallel)}, "
         f"microbatches={options.pipeline.microbatches}, schedule={options.pipeline.schedule}"
     )
     parts = [
@@ -40,6 +41,7 @@ def tables(plan: Plan) -> str:
         _parameters(plan),
         _stages(plan),
     ]
+    parts.append(_data_parallel(plan))
     if plan.step is None:
         parts.append(
             "activations: planned at the first call, or with plan(model, mesh, step=..., batch=...)"
@@ -68,11 +70,20 @@ def _family(name: str) -> str:
 def placement(param: ParamPlan, plan: Plan) -> str:
     """Return how a parameter is placed, for example ``tp: Shard(0), dp: Shard(0)``."""
     tp = "Replicate()" if param.tp_dim is None else f"Shard({param.tp_dim})"
-    fsdp = plan.options.data_parallel.kind == "fsdp" and plan.sizes.dp > 1 and param.shape
-    dp = f"Shard({param.dp_dim})" if fsdp else "Replicate()"
+    split = plan.options.data_parallel.shards(plan.sizes) > 1 and param.shape
+    dp = f"Shard({param.dp_dim})" if split else "Replicate()"
     parts = [f"tp: {tp}"] if plan.sizes.tp > 1 else []
-    parts += [f"dp: {dp}"] if plan.sizes.dp > 1 else []
+    if plan.sizes.dp * plan.sizes.cp > 1:
+        parts += ["replicate: Replicate()"] if plan.options.data_parallel.replicate > 1 else []
+        parts.append(f"dp: {dp}")
     return ", ".join(parts) or "whole"
+
+
+def _kind(options: DataParallel) -> str:
+    parts = [options.kind]
+    parts += [f"replicate={options.replicate}"] if options.replicate != 1 else []
+    parts += [f"reshard={options.reshard}"] if options.reshard != "auto" else []
+    return " ".join(parts)
 
 
 def _parameters(plan: Plan) -> str:
@@ -186,45 +197,38 @@ def _collectives(plan: Plan, step: StepPlan) -> str:
         ("tp", n, "", "end of step", "all-reduce of gradient", 1, plan.param(n).local_shape, "")
         for n in sorted(step.partial)
     ]
-    rows += _data_parallel(plan)
-    if not rows:
-        return ""
+    rows += _end_of_step(plan)
     header = ("axis", "module", "call", "when", "collective", "count", "shape", "bytes")
     return table("collectives, for one microbatch (end of step: once)", header, rows)
 
 
-def _data_parallel(plan: Plan) -> list[tuple[object, ...]]:
+def _data_parallel(plan: Plan) -> str:
+    """List what a rank of each stage communicates over ``dp`` in a step."""
     rows: list[tuple[object, ...]] = []
-    if plan.sizes.dp > 1 and plan.options.data_parallel.kind == "fsdp":
-        units = len(plan.blocks) + 1
-        rows.append(
-            (
-                "dp",
-                "(each block, and the rest)",
-                "",
-                "forward",
-                "all-gather of parameters",
-                units,
-                "",
-                "",
-            )
+    what = {
+        "all-gather": ("of parameters", "before use"),
+        "reduce-scatter": ("of gradients", "during backward"),
+        "all-reduce": ("of gradients", "during backward"),
+    }
+    for stage in plan.stages:
+        counted = Counter(
+            (_family(c.unit) or "(outside blocks)", c.kind, c.count, c.elements, c.nbytes)
+            for c in data_parallel(plan, stage.index)
         )
-        rows.append(
-            (
-                "dp",
-                "(each block, and the rest)",
-                "",
-                "last backward",
-                "reduce-scatter of gradients",
-                units,
-                "",
-                "",
-            )
-        )
-    elif plan.sizes.dp > 1:
-        rows.append(
-            ("dp", "(all parameters)", "", "end of step", "all-reduce of gradients", 1, "", "")
-        )
+        for (unit, kind, count, elements, nbytes), units in counted.items():
+            of, when = what[kind]
+            name = f"{unit} x{units}" if units > 1 else unit
+            total = count * units
+            row = (stage.index, name, when, f"{kind} {of}", total, elements, f"{nbytes * total:,}")
+            rows.append(row)
+    if not rows:
+        return ""
+    header = ("stage", "unit", "when", "collective", "count", "elements", "bytes")
+    return table("data-parallel collectives, for one step on one rank", header, rows)
+
+
+def _end_of_step(plan: Plan) -> list[tuple[object, ...]]:
+    rows: list[tuple[object, ...]] = []
     for p in plan.params:
         if len(p.stages) > 1:
             rows.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,13 +25,12 @@ from .plan import Plan, StepPlan, plan_step
 from .planning import unfused_layers
 from .pytree import tree_flatten, tree_unflatten
 from .sharding.borrow import Loan, give_back, lent, make_loans
+from .sharding.data_parallel import DataParallelRun
 from .sharding.fused import in_rank_order, is_fused
 from .sharding.reduce import gradient, norm_of, reduce_gradients, scale_gradients
 from .sharding.state import copy_into, gather_params, whole_if_fused
 from .sharding.storage import Storage, local_of, refuse_uses_outside
-
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
+from .skipping import SkipWatch
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -67,11 +66,9 @@ class ParallelModel(nn.Module):
         self.plan, self.mesh, self.groups, self.storage = plan, mesh, groups, storage
         self.ties, self.seed, self.steps = ties, seed, 0
         self.__dict__["places"] = tuple(places)
-        self._step_plans: OrderedDict[Any, StepPlan | None] = OrderedDict()
+        self._data_parallel = DataParallelRun(plan, runner, managed, storage, groups)
+        self._step_plans: OrderedDict[Any, tuple[StepPlan | None, bool]] = OrderedDict()
         self._loans_made: dict[Any, list[Loan]] = {}
-        for module in self._fsdp_modules():
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
 
     # --- what nn.Module users expect, under original names
 
@@ -260,13 +257,14 @@ class ParallelModel(nn.Module):
         self.storage.follow_freezing()
         with self.storage.computing(), ExitStack() as stack:
             stack.enter_context(unfused_layers())
-            step_plan = self._plan_for(step, parts[0], key)
+            step_plan, may_skip = self._plan_for(step, parts[0], key)
             if step_plan is not None:
                 runner.use(step_plan)
             stack.enter_context(lent(self._loans(step_plan), self.storage, groups))
             stack.enter_context(self._seeded())
-            if forward_only:
-                stack.callback(self.free_gathered)
+            stack.enter_context(
+                self._data_parallel.running(may_skip=may_skip, forward_only=forward_only)
+            )
             program = Program(runner, step, parts, forward_only, self.seed_for)
             return run_schedule(
                 program,
@@ -278,46 +276,52 @@ class ParallelModel(nn.Module):
                 incoming=runner.incoming if groups.sizes.pp > 1 else None,
                 outgoing=runner.outgoing if groups.sizes.pp > 1 else None,
                 forward_only=forward_only,
-                no_sync=self._no_sync if self.managed else None,
+                no_sync=self._data_parallel.no_sync if self._data_parallel.active else None,
                 groups=Groups(groups.tp, groups.cp, groups.dp_cp),
             )
 
-    def _plan_for(self, step: Step, batch: Any, key: Any) -> StepPlan | None:
-        """Return the step's plan, made at the first call for these shapes; None if not needed."""
+    def _plan_for(self, step: Step, batch: Any, key: Any) -> tuple[StepPlan | None, bool]:
+        """Return the step's plan, made at the first call for these shapes, or None if not needed.
+
+        And whether dp ranks may skip blocks.
+        """
         sizes = self.plan.sizes
         alone = sizes.tp == sizes.pp == sizes.cp == 1
         if alone and not self.managed:
-            return None
+            return None, False
         leaves, spec = tree_flatten(batch)
         shapes = tuple(
             (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else _hashable(x) for x in leaves
         )
         full = (key, spec, shapes, flags(self.module), torch.is_grad_enabled())
         if full not in self._step_plans:
-            try:
-                made = self._plan_step(step, batch)
-            except NeedsValueError:  # only what has no other layout than fsdp's may look at values
-                if not alone:
-                    raise
-                made = None
-            self._step_plans[full] = None if alone else made
+            made, may_skip = self._plan_step(step, batch, alone)
+            self._step_plans[full] = None if alone else made, may_skip
             while len(self._step_plans) > 64:
                 self._step_plans.popitem(last=False)
         return self._step_plans[full]
 
-    def _plan_step(self, step: Step, batch: Any) -> StepPlan:
+    def _plan_step(self, step: Step, batch: Any, alone: bool) -> tuple[StepPlan | None, bool]:
+        """Plan a step; only one that is ``alone`` on its mesh may read values before its end."""
+        blocks = [self.module.get_submodule(name) for name in self.plan.blocks]
         with self.runner.as_written(self.managed):
-            made = plan_step(
-                self.plan,
-                self.module,
-                step,
-                batch,
-                self.places,
-                self.groups.device,
-            )
+            watch = SkipWatch(blocks)
+
+            def watched(module: nn.Module, given: Any) -> Any:
+                with watch:
+                    return step(module, given)
+
+            try:
+                made = plan_step(
+                    self.plan, self.module, watched, batch, self.places, self.groups.device
+                )
+            except NeedsValueError:
+                if not alone:
+                    raise
+                return None, watch.may_skip
         if self.managed:
             refuse_uses_outside(made.trace, self.plan.blocks)
-        return made
+        return made, watch.may_skip
 
     def _loans(self, step_plan: StepPlan | None) -> list[Loan]:
         """Return the loans of a step, made once for each set of borrowed parameters."""
@@ -359,29 +363,6 @@ class ParallelModel(nn.Module):
         g = self.groups
         parts = (self.seed, self.steps, g.dp_rank, g.pp_rank, microbatch)
         return hash(parts) & 0x7FFF_FFFF_FFFF_FFFF
-
-    @contextmanager
-    def _no_sync(self) -> Iterator[None]:
-        """Keep FSDP's gathered parameters and unreduced gradients for the time of the context."""
-        self._sync(False)
-        try:
-            yield
-        finally:
-            self._sync(True)
-
-    def _sync(self, on: bool) -> None:
-        root: Any = self.runner
-        root.set_requires_gradient_sync(on)
-        root.set_reshard_after_backward(on)
-        root.set_is_last_backward(on)
-
-    def free_gathered(self) -> None:
-        """Free what FSDP gathered; backward does it in a training step."""
-        for module in self._fsdp_modules():
-            module.reshard()
-
-    def _fsdp_modules(self) -> list[FSDPModule]:
-        return [cast("FSDPModule", module) for module in self.managed]
 
     def _to_device(self, batch: Any) -> Any:
         device = self.groups.device

@@ -34,19 +34,42 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class DataParallel:
-    """How parameters, gradients and optimizer state live over ``dp``.
+    """How parameters, gradients and optimizer state live over ``dp`` (and ``cp``).
+
+    Gradients are reduced once a step, while the last microbatch runs backward; with
+    ``reshard=True`` once a microbatch.
 
     Args:
-        kind: ``"ddp"`` keeps all on every rank; ``"fsdp"`` splits all (FSDP2); ``"zero1"``
-            is not built yet.
-        replicate: number of replicas of the shards (hybrid shard); 1 until it is built.
-        reshard: free gathered parameters between microbatches; only ``"auto"`` (keep them
-            over the microbatches of a step) until it is built.
+        kind: ``"ddp"`` keeps all on every rank and all-reduces gradients in buckets. ``"fsdp"``
+            splits all (FSDP2): a rank keeps its shard, and gathers a block to use it.
+            ``"zero1"`` is ``"fsdp"`` with ``reshard=False``: the optimizer state is split,
+            parameters and gradients are whole for the time of a step.
+        replicate: number of replicas of the shards (hybrid shard); divides dp * cp. The ranks
+            of a replica are neighbours. Shards are gathered and gradients reduce-scattered
+            within a replica, then all-reduced over the replicas.
+        reshard: when the ranks of ``"fsdp"`` free gathered parameters. ``False``: at the end of
+            the step. ``True`` asks for memory: after each forward and each backward of a block,
+            and unreduced gradients are not kept from one microbatch to the next; then all dp
+            ranks must run the same blocks. ``"auto"``: as ``True`` for one microbatch without
+            pipelining, unless the step reads values before it has called all blocks, so that
+            ranks may skip some; else as ``False``.
+
+    Parameters of a block may go unused on some ranks under all kinds.
     """
 
     kind: str = "fsdp"
     replicate: int = 1
     reshard: bool | str = "auto"
+
+    def shards(self, sizes: MeshSizes) -> int:
+        """Return over how many ranks a parameter is split."""
+        return 1 if self.kind == "ddp" else sizes.dp * sizes.cp // self.replicate
+
+    def keeps(self, sizes: MeshSizes, pipeline: Pipeline) -> bool:
+        """Say whether gathered parameters stay until the end of a step."""
+        if self.kind == "zero1" or self.reshard is False:
+            return True
+        return self.reshard == "auto" and (pipeline.microbatches > 1 or sizes.pp > 1)
 
 
 @dataclass(frozen=True)
@@ -93,7 +116,8 @@ class Options:
             if isinstance(context_parallel, str)
             else context_parallel
         )
-        problems = _unknown(dp, cp, pipeline, others) + _not_built(sizes, dp, pipeline, others)
+        problems = _unknown(cp, pipeline, others) + _data_parallel(sizes, dp)
+        problems += _not_built(sizes, pipeline, others)
         if problems:
             raise Nemo2Error("parallelize:\n" + "\n".join(f"  {p}" for p in problems))
         return Options(dp, pipeline, cp, sequence_parallel)
@@ -110,16 +134,12 @@ _LATER = {
 }
 
 
-def _unknown(
-    dp: DataParallel, cp: ContextParallel, pipeline: Pipeline, others: dict[str, Any]
-) -> list[str]:
+def _unknown(cp: ContextParallel, pipeline: Pipeline, others: dict[str, Any]) -> list[str]:
     problems = [
         f"unknown option {name!r}; options: {', '.join(_LATER)}"
         for name in others
         if name not in _LATER
     ]
-    if dp.kind not in ("ddp", "zero1", "fsdp"):
-        problems.append(f"data_parallel={dp.kind!r} is unknown; kinds: ddp, zero1, fsdp")
     if cp.method not in ("ring", "all_gather", "ulysses"):
         problems.append(
             f"context_parallel={cp.method!r} is unknown; methods: ring, all_gather, ulysses"
@@ -129,24 +149,42 @@ def _unknown(
     return problems
 
 
-def _not_built(
-    sizes: MeshSizes, dp: DataParallel, pipeline: Pipeline, others: dict[str, Any]
-) -> list[str]:
+def _data_parallel(sizes: MeshSizes, dp: DataParallel) -> list[str]:
+    problems = []
+    if dp.kind not in ("ddp", "zero1", "fsdp"):
+        problems.append(f"data_parallel={dp.kind!r} is unknown; kinds: ddp, zero1, fsdp")
+    ranks = sizes.dp * sizes.cp
+    counts = isinstance(dp.replicate, int) and not isinstance(dp.replicate, bool)
+    if not counts or dp.replicate < 1 or ranks % dp.replicate:
+        fits = [n for n in range(1, ranks + 1) if ranks % n == 0]
+        problems.append(
+            f"DataParallel(replicate={dp.replicate!r}) does not divide"
+            f" dp * cp = {sizes.dp} * {sizes.cp}; replicate in {fits}"
+        )
+    elif dp.kind == "ddp" and dp.replicate != 1:
+        problems.append(
+            f"DataParallel('ddp', replicate={dp.replicate}): 'ddp' replicates over all of dp;"
+            " use replicate=1, or 'fsdp' or 'zero1' for shards within replicas"
+        )
+    if dp.reshard not in (True, False, "auto") or not isinstance(dp.reshard, (bool, str)):
+        problems.append(
+            f"DataParallel(reshard={dp.reshard!r}) is unknown; reshard: True, False, 'auto'"
+        )
+    elif dp.reshard != "auto" and dp.kind == "ddp":
+        problems.append(f"DataParallel('ddp', reshard={dp.reshard}): 'ddp' gathers nothing; 'fsdp'")
+    elif dp.reshard is True and dp.kind == "zero1":
+        problems.append(
+            "DataParallel('zero1', reshard=True): 'zero1' keeps parameters whole during a step;"
+            " use 'fsdp' to free them"
+        )
+    return problems
+
+
+def _not_built(sizes: MeshSizes, pipeline: Pipeline, others: dict[str, Any]) -> list[str]:
     problems = []
     for name, (default, also, works) in _LATER.items():
         if others.get(name, default) not in (default, also):
             problems.append(f"{name}={others[name]!r} is not built yet: {works}")
-    if dp.kind == "zero1":
-        problems.append(
-            "data_parallel='zero1' is not built yet; 'fsdp' also splits the optimizer state,"
-            " 'ddp' keeps all"
-        )
-    if dp.replicate != 1:
-        problems.append(f"DataParallel(replicate={dp.replicate}) is not built yet; use replicate=1")
-    if dp.reshard != "auto":
-        problems.append(
-            f"DataParallel(reshard={dp.reshard!r}) is not built yet; use reshard='auto'"
-        )
     if pipeline.schedule == "interleaved" or pipeline.virtual_stages != 1:
         problems.append(
             f"Pipeline(schedule={pipeline.schedule!r}, virtual_stages={pipeline.virtual_stages})"

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .mesh.groups import MeshGroups, stage_group
+from .mesh.groups import MeshGroups, replica_mesh, stage_group
 from .options import Pipeline
 from .places import places
 from .plan import Plan, plan
@@ -38,7 +38,7 @@ def parallelize(
     Args:
         model: an annotated module with values (not on meta); the same on every rank.
         mesh: from ``make_mesh``; axes it lacks have size 1.
-        data_parallel: ``"fsdp"``, ``"ddp"`` or a ``DataParallel``.
+        data_parallel: ``"fsdp"``, ``"zero1"``, ``"ddp"`` or a ``DataParallel``.
         pipeline: microbatches and schedule.
         inplace: turn the caller's own module into this rank's part.
         options: ``context_parallel``, ``sequence_parallel``, ``precision``, ``remat`` and
@@ -60,10 +60,12 @@ def parallelize(
     entries = place(planned, model, where, module, groups)
     runner = StageRunner(module, planned, groups)
     managed: list[nn.Module] = []
-    if planned.options.data_parallel.kind == "fsdp" and groups.dp_cp.size() > 1:
-        managed = shard_over_dp(planned, runner, module, list(entries.values()), groups)
+    data = groups.data_mesh
+    if planned.options.data_parallel.shards(planned.sizes) > 1:
+        data = replica_mesh(groups, planned.options.data_parallel.replicate)
+        managed = shard_over_dp(planned, runner, module, list(entries.values()), data)
     runner.split_into_stages()
-    storage = finish(entries, storage_mesh(groups))
+    storage = finish(entries, storage_mesh(groups, data))
     ties = _tie_groups(planned, groups)
     return ParallelModel(
         runner, planned, groups, storage, managed, ties, mesh, _seed(groups), where

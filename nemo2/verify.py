@@ -294,9 +294,8 @@ def _error(value: Tensor, reference: Tensor, entry: Entry, parallel: ParallelMod
     from .sharding.storage import local_of
 
     part = in_rank_order(reference.detach(), entry.plan, parallel.groups.sizes.tp)
-    for placement, group in zip(
-        entry.placements, (parallel.groups.tp, parallel.groups.dp_cp), strict=True
-    ):
+    groups = parallel.storage.mesh.get_all_groups()
+    for placement, group in zip(entry.placements, groups, strict=True):
         if isinstance(placement, Shard):
             pieces = part.chunk(group.size(), placement.dim)
             here = group.rank() < len(pieces)

@@ -23,6 +23,13 @@ import nemo2
 from tests.models import ZOO, token_ids
 
 MICROBATCHES = (1, 2, 5, 8)
+KINDS = {
+    "ddp": nemo2.DataParallel("ddp"),
+    "zero1": nemo2.DataParallel("zero1"),
+    "fsdp": nemo2.DataParallel("fsdp"),
+    "resharding": nemo2.DataParallel("fsdp", reshard=True),
+    "hsdp": nemo2.DataParallel("fsdp", replicate=2),  # on dp=4 only
+}
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,13 @@ class Cell:
 
 
 def product(sizes: Sequence[int] = (1, 2)) -> list[Cell]:
-    cells = itertools.product(ZOO, sizes, sizes, sizes, ("ddp", "fsdp"), MICROBATCHES)
-    return [c for c in itertools.starmap(Cell, cells) if c.tp <= ZOO[c.model].max_tp]
+    plain = [kind for kind in KINDS if kind != "hsdp"]
+    cells = [
+        *itertools.product(ZOO, sizes, sizes, sizes, plain, MICROBATCHES),
+        *itertools.product(ZOO, [4], sizes, sizes, ["hsdp"], MICROBATCHES),
+    ]
+    fits = [c for c in itertools.starmap(Cell, cells) if c.tp <= ZOO[c.model].max_tp]
+    return [c for c in fits if c.world <= 8]
 
 
 def covering(cells: Sequence[Cell]) -> list[Cell]:
@@ -82,7 +94,7 @@ def check_one(cell: Cell, dtype: torch.dtype, device: str) -> tuple[bool, str]:
         device=device,
         dtype=dtype,
         rules=case.rules,
-        data_parallel=cell.kind,
+        data_parallel=KINDS[cell.kind],
         pipeline=nemo2.Pipeline(microbatches=cell.microbatches),
     )
     return report.ok, str(report)
@@ -143,7 +155,9 @@ def write(cells: Sequence[Cell], failed: Sequence[Cell], minutes: float) -> None
         f" {minutes:.0f} minutes on {os.cpu_count()} cores: "
         f"{len(cells) - len(failed)} of {len(cells)} cells equal one device.",
         "",
-        "Each entry: cells equal / cells, over (ddp, fsdp) and 1, 2, 5 and 8 microbatches.",
+        "Each entry: cells equal / cells, over the kinds of data parallelism (ddp, zero1, fsdp,"
+        " fsdp",
+        "that reshards; on dp=4 hybrid shard with 2 replicas) and 1, 2, 5 and 8 microbatches.",
         "",
     ]
     meshes = sorted({(c.dp, c.pp, c.tp) for c in cells})

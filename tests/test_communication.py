@@ -26,6 +26,7 @@ class Watch:
         "all_gather_into_tensor",
         "all_gather_single",
         "reduce_scatter_tensor",
+        "reduce_scatter_single",
         "broadcast",
     )
 
@@ -39,9 +40,10 @@ class Watch:
         return self.seen
 
     def _counting(self, name, original):
-        def call(tensor, *args, **kwargs):
+        def call(*args, **kwargs):
+            tensor = args[0] if args else kwargs["output"]
             self.seen[name, tensor.numel()] += 1
-            return original(tensor, *args, **kwargs)
+            return original(*args, **kwargs)
 
         return call
 

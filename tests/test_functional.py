@@ -62,7 +62,7 @@ def purity(mesh, kind, device):
     }
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "zero1", "fsdp"])
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_pure_in_the_parameters(pool, mesh, kind):
     for result in pool.run(4, purity, mesh, kind, pool.device):

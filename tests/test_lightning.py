@@ -42,6 +42,7 @@ MESHES = [
     ({"pp": 2, "tp": 2, "pipeline": TWO}, 4),
     ({"dp": 2, "tp": 2}, 4),
     ({"dp": 2, "tp": 2, "data_parallel": "ddp", "pipeline": TWO}, 4),
+    ({"dp": 2, "tp": 2, "data_parallel": "zero1", "pipeline": TWO}, 4),
     ({"pp": 2, "tp": 2, "pipeline": TWO}, 8),
 ]
 
@@ -178,7 +179,12 @@ class Dropped(Lit):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "world"), [({"pp": 2, "tp": 2, "pipeline": TWO}, 4), ({"dp": 2}, 2)]
+    ("mesh", "world"),
+    [
+        ({"pp": 2, "tp": 2, "pipeline": TWO}, 4),
+        ({"dp": 2}, 2),
+        ({"dp": 4, "data_parallel": nemo2.DataParallel(replicate=2)}, 4),
+    ],
 )
 def test_a_resumed_run_equals_one_without_interruption(
     pool: Pool, tmp_path: Path, mesh: dict[str, Any], world: int
@@ -264,7 +270,7 @@ def test_survivors_of_a_failed_rank_end_and_name_it(
     ("options", "says"),
     [
         ({"pipelines": 2}, "unknown option 'pipelines'"),
-        ({"data_parallel": "zero1"}, "'zero1' is not built yet"),
+        ({"data_parallel": nemo2.DataParallel(reshard=2)}, "reshard=2.* is unknown"),
         ({"cp": 2}, "context parallelism is not built yet"),
         ({"inplace": True}, "takes no 'inplace'"),
         ({"precision": "bf16"}, "takes no 'precision'"),

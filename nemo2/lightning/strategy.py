@@ -395,7 +395,9 @@ def _check_options(options: dict[str, Any], cp: int) -> None:
     ):
         if name in options:
             raise Nemo2Error(f"MegatronStrategy takes no {name!r}; use {instead}")
-    Options.resolve(MeshSizes(cp=cp if isinstance(cp, int) and cp > 0 else 1), **options)
+    replicate = getattr(options.get("data_parallel"), "replicate", 1)  # dp may not be known yet
+    fits = replicate if isinstance(replicate, int) and replicate > 0 else 1
+    Options.resolve(MeshSizes(dp=fits, cp=cp if isinstance(cp, int) and cp > 0 else 1), **options)
 
 
 def _check_precision(plugin: Precision) -> None:

@@ -115,6 +115,27 @@ def stage_group(groups: MeshGroups, stages: Sequence[int]) -> ProcessGroup:
     return group
 
 
+def replica_mesh(groups: MeshGroups, replicate: int) -> DeviceMesh:
+    """Return the mesh that FSDP uses for ``replicate`` replicas of the shards of dp and cp.
+
+    Returns:
+        ``groups.data_mesh`` for one replica; else a mesh ``(replicate, dp)``, in which the
+        ranks of a replica are neighbours.
+
+    Communication: making groups, unless there is one replica.
+    """
+    if replicate == 1:
+        return groups.data_mesh
+    ranks = torch.tensor(dist.get_process_group_ranks(groups.dp_cp)).view(replicate, -1)
+    row, column = (ranks == groups.rank).nonzero()[0].tolist()
+    shards, replicas = new_group(ranks[row].tolist()), new_group(ranks[:, column].tolist())
+    assert shards is not None
+    assert replicas is not None
+    return DeviceMesh.from_group(
+        [replicas, shards], groups.device.type, mesh=ranks, mesh_dim_names=("replicate", "dp")
+    )
+
+
 def _with_all_axes(mesh: DeviceMesh, sizes: MeshSizes) -> DeviceMesh:
     """Return the mesh itself if it has the four axes in order, else one made of its groups."""
     names = mesh.mesh_dim_names or ()

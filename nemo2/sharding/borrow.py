@@ -112,7 +112,7 @@ def give_back(
             continue
         grad = torch.zeros(entry.plan.local_shape, dtype=entry.plan.dtype, device=groups.device)
         dist.all_reduce(grad, group=loan.group)
-        own, part = gradient(entry), _dp_part(grad, entry, groups)
+        own, part = gradient(entry), _dp_part(grad, entry, storage)
         if own is None:
             set_gradient(entry, part.contiguous())
         else:
@@ -127,10 +127,11 @@ def _whole(entry: Entry, groups: MeshGroups) -> Tensor:
     return value.contiguous()
 
 
-def _dp_part(grad: Tensor, entry: Entry, groups: MeshGroups) -> Tensor:
+def _dp_part(grad: Tensor, entry: Entry, storage: Storage) -> Tensor:
     if entry.replicated_over_dp:
         return grad
     dim = entry.plan.dp_dim or 0
-    parts = grad.chunk(groups.dp_cp.size(), dim)
-    rank = groups.dp_cp.rank()
+    shards = storage.mesh.get_group("dp")
+    parts = grad.chunk(shards.size(), dim)
+    rank = shards.rank()
     return parts[rank] if rank < len(parts) else grad.narrow(dim, 0, 0)

@@ -51,6 +51,18 @@ def all_reduce_together(tensors: Iterable[Tensor], group: ProcessGroup) -> None:
             x.copy_(part.view_as(x))
 
 
+def agree(flags: Sequence[bool], group: ProcessGroup, device: torch.device) -> list[bool]:
+    """Return for each flag whether it is set on any rank of ``group``.
+
+    Communication: one all-reduce of a byte per flag.
+    """
+    if not flags:
+        return []
+    everyone = torch.tensor(flags, dtype=torch.uint8).to(device)
+    dist.all_reduce(everyone, op=dist.ReduceOp.MAX, group=group)
+    return [bool(flag) for flag in everyone.tolist()]
+
+
 def reduce_gradients(
     storage: Storage,
     groups: MeshGroups,
@@ -58,25 +70,20 @@ def reduce_gradients(
     ties: Mapping[str, ProcessGroup],
     used: frozenset[str] | None,
 ) -> None:
-    """Sum the gradients that the microbatches left over the ranks that share parameters.
+    """Sum gradients, which are summed over ``dp``, over the other ranks that share parameters.
 
-    In order: sums over ``tp`` of replicated parameters used in split regions; sums over
-    ``dp`` of what FSDP does not reduce; sums over the stages that share a tied parameter.
-    A parameter that no rank used keeps no gradient.
+    In order: sums over ``tp`` of replicated parameters used in split regions; sums over the
+    stages that share a tied parameter. A parameter that no rank used keeps no gradient.
 
     Args:
         used: the parameters that the step uses, or None when it was not planned.
 
-    Communication: one all-reduce per dtype over ``tp`` and over ``dp``, one for each tie
-        group, and one of a byte per parameter over ``dp`` to agree on what was used.
+    Communication: one all-reduce per dtype over ``tp``, and one for each tie group.
     """
     trainable = [e for e in storage if e.trainable]
-    over_dp = [e for e in trainable if e.replicated_over_dp] if groups.dp_cp.size() > 1 else []
     _fill_unused(trainable, partial, ties, used)
-    _agree_on_used(over_dp, groups)
     over_tp = [e for e in trainable if e.name in partial]
     all_reduce_together((g for e in over_tp if (g := gradient(e)) is not None), groups.tp)
-    all_reduce_together((g for e in over_dp if (g := gradient(e)) is not None), groups.dp_cp)
     for name, group in ties.items():
         grad = gradient(storage.entries[name])
         if grad is not None:
@@ -105,23 +112,12 @@ def _fill_unused(
             set_gradient(e, torch.zeros_like(e.local))
 
 
-def _agree_on_used(entries: Sequence[Entry], groups: MeshGroups) -> None:
-    """Fill with zeros what another dp rank used and this one did not."""
-    if not entries:
-        return
-    flags = torch.tensor([gradient(e) is not None for e in entries], dtype=torch.uint8)
-    flags = flags.to(groups.device)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=groups.dp_cp)
-    for e, flag in zip(entries, flags.tolist(), strict=True):
-        if flag and gradient(e) is None:
-            set_gradient(e, torch.zeros_like(e.local))
-
-
-def counted_here(entry: Entry, groups: MeshGroups) -> bool:
+def counted_here(entry: Entry, storage: Storage, groups: MeshGroups) -> bool:
     """Say whether this rank counts its part of a parameter: each element counts once globally."""
-    if entry.plan.tp_dim is None and groups.tp_rank != 0:
-        return False
-    if entry.replicated_over_dp and groups.dp_cp.rank() != 0:
+    coordinate = storage.mesh.get_coordinate()
+    assert coordinate is not None
+    copies = zip(entry.placements, coordinate, strict=True)
+    if any(placement.is_replicate() and at > 0 for placement, at in copies):
         return False
     return groups.pp_rank == min(entry.plan.stages)
 
@@ -134,7 +130,7 @@ def norm_of(grads: Mapping[str, Tensor], storage: Storage, groups: MeshGroups) -
     parts = [
         local_of(grad)
         for name, grad in grads.items()
-        if grad is not None and counted_here(storage.entries[name], groups)
+        if grad is not None and counted_here(storage.entries[name], storage, groups)
     ]
     total = torch.zeros((), dtype=torch.float64, device=groups.device)
     if parts:

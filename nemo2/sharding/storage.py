@@ -1,8 +1,9 @@
 """Where parameters live: plain local tensors inside a run, DTensors outside.
 
 A run computes on plain local parameters (FSDP2's own over ``dp``). Between runs the module
-holds *views* of the same memory as DTensors over the mesh ``(tp, dp)``, under the original
-names: what optimizers, checkpoints and users see.
+holds *views* of the same memory as DTensors over the mesh ``(tp, dp)``, or with replicas of
+shards ``(tp, replicate, dp)``, under the original names: what optimizers, checkpoints and users
+see.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Entry:
 
     @property
     def replicated_over_dp(self) -> bool:
-        return self.placements[1].is_replicate()
+        return all(p.is_replicate() for p in self.placements[1:])
 
     def wrap(self, local: Tensor, mesh: DeviceMesh) -> DTensor:
         """Return ``local`` (in the layout of this parameter) as a DTensor of global shape."""
@@ -121,14 +122,22 @@ class Storage:
                 entry.show(compute=False)
 
 
-def storage_mesh(groups: MeshGroups) -> DeviceMesh:
+def storage_mesh(groups: MeshGroups, data: DeviceMesh) -> DeviceMesh:
     """Return the mesh ``(tp, dp)`` of this stage, on which parameters are DTensors.
 
     ``tp`` comes first: a dim is split by tensor parallelism, and FSDP splits what is left.
+
+    Args:
+        data: the mesh of dp and cp that FSDP uses; when it is ``(replicate, dp)``, the mesh
+            returned is ``(tp, replicate, dp)``.
     """
     ranks = groups.mesh.mesh[groups.pp_rank].reshape(-1, groups.sizes.tp).T.contiguous()
+    names = ("replicate", "dp") if data.ndim == 2 else ("dp",)
     return DeviceMesh.from_group(
-        [groups.tp, groups.dp_cp], groups.device.type, mesh=ranks, mesh_dim_names=("tp", "dp")
+        [groups.tp, *data.get_all_groups()],
+        groups.device.type,
+        mesh=ranks.reshape(groups.sizes.tp, *data.shape),
+        mesh_dim_names=("tp", *names),
     )
 
 
@@ -171,7 +180,7 @@ def place(
         full = _from_rank_0(values[param.name].detach(), groups)
         if groups.pp_rank in param.stages:
             compute = nn.Parameter(_tp_part(full, param, groups), requires_grad=param.trainable)
-            entries[param.name] = Entry(param, [], compute, (Replicate(), Replicate()))
+            entries[param.name] = Entry(param, [], compute, ())
         absent = Absent.like(param.shape, param.dtype, groups.device)
         absent.param = param.name
         for w in where:
@@ -220,30 +229,31 @@ def _tp_part(full: Tensor, param: ParamPlan, groups: MeshGroups) -> Tensor:
 
 
 def shard_over_dp(
-    plan: Plan, runner: nn.Module, module: nn.Module, entries: Sequence[Entry], groups: MeshGroups
+    plan: Plan, runner: nn.Module, module: nn.Module, entries: Sequence[Entry], data: DeviceMesh
 ) -> list[nn.Module]:
-    """Split the parameters over ``dp`` with FSDP2; returns the modules that FSDP manages.
+    """Split the parameters over ``data`` with FSDP2; returns the modules that FSDP manages.
 
-    Zero-dimensional parameters are left whole, which FSDP2 cannot split.
+    Zero-dimensional parameters are left whole, which FSDP2 cannot split. The last module
+    returned is the runner, which holds what is outside of the blocks.
     """
     from torch.distributed.fsdp import fully_shard
 
     ignored = {e.compute for e in entries if not e.plan.shape}
     by_id = {id(e.compute): e for e in entries}
-    keep = plan.options.pipeline.microbatches > 1 or plan.sizes.pp > 1
+    keep = plan.options.data_parallel.keeps(plan.sizes, plan.options.pipeline)
 
     def placement(param: nn.Parameter) -> Shard:
         return Shard(by_id[id(param)].plan.dp_dim or 0)
 
-    local = plan.stages[groups.pp_rank]
-    blocks = [module.get_submodule(n) for n in plan.blocks[local.first : local.last + 1]]
+    blocks = [module.get_submodule(name) for name in plan.blocks]
     managed: list[nn.Module] = []
     for target in (*blocks, runner):
         if target is runner or any(p.numel() for p in target.parameters()):
             fully_shard(
                 target,
-                mesh=groups.data_mesh,
-                reshard_after_forward=not (keep or target is runner),
+                mesh=data,
+                # Without pipelining the backward of the runner follows its forward at once.
+                reshard_after_forward=not (keep or (target is runner and plan.sizes.pp == 1)),
                 shard_placement_fn=placement,
                 ignored_params=ignored,
             )
@@ -262,7 +272,7 @@ def finish(entries: dict[str, Entry], mesh: DeviceMesh) -> Storage:
         tp = Replicate() if entry.plan.tp_dim is None else Shard(entry.plan.tp_dim)
         over_dp = isinstance(entry.compute, DTensor)
         dp = Shard(entry.plan.dp_dim or 0) if over_dp else Replicate()
-        entry.placements = (tp, dp)
+        entry.placements = (tp, *[Replicate()] * (mesh.ndim - 2), dp)
         entry.view = nn.Parameter(entry.wrap(entry.local, mesh), requires_grad=entry.plan.trainable)
         entry.show(compute=False)
     return Storage(entries, mesh)
@@ -274,6 +284,6 @@ def refuse_uses_outside(trace: Trace, blocks: Sequence[str]) -> None:
         block = next((b for b in blocks if name.startswith(b + ".")), None)
         if block is not None and any(block not in scope for scope in scopes):
             raise ShardingError(
-                f"the step uses '{name}' outside of its block '{block}', where fsdp splits it\n"
+                f"the step uses '{name}' outside of its block '{block}', where it is split\n"
                 "  options: data_parallel='ddp' | the optimizer's weight_decay, not a penalty"
             )
