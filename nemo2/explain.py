@@ -31,6 +31,8 @@ def tables(plan: Plan) -> str:
         f"data_parallel={options.data_parallel.kind}, "
         f"microbatches={options.pipeline.microbatches}, schedule={options.pipeline.schedule}"
     )
+    if options.pipeline.virtual_stages > 1:
+        head += f", virtual_stages={options.pipeline.virtual_stages}"
     parts = [
         head,
         "weights and buffers: copied from the first rank of the mesh",
@@ -65,8 +67,8 @@ def _family(name: str) -> str:
 def placement(param: ParamPlan, plan: Plan) -> str:
     """Return how a parameter is placed, for example ``tp: Shard(0), dp: Shard(0)``."""
     tp = "Replicate()" if param.tp_dim is None else f"Shard({param.tp_dim})"
-    fsdp = plan.options.data_parallel.kind == "fsdp" and plan.sizes.dp > 1 and param.shape
-    dp = f"Shard({param.dp_dim})" if fsdp else "Replicate()"
+    fsdp = plan.options.data_parallel.kind == "fsdp" and plan.sizes.dp > 1
+    dp = f"Shard({param.dp_dim})" if fsdp and param.dp_dim is not None else "Replicate()"
     parts = [f"tp: {tp}"] if plan.sizes.tp > 1 else []
     parts += [f"dp: {dp}"] if plan.sizes.dp > 1 else []
     return ", ".join(parts) or "whole"
@@ -214,7 +216,7 @@ def _data_parallel(plan: Plan) -> list[tuple[object, ...]]:
             ("dp", "(all parameters)", "", "end of step", "all-reduce of gradients", 1, "", "")
         )
     for p in plan.params:
-        if len(p.stages) > 1:
+        if len(p.ranks) > 1:
             rows.append(
                 (
                     "pp",

@@ -16,7 +16,7 @@ from .errors import Nemo2Error
 from .mesh.groups import MeshGroups
 from .pipeline.absent import NeedsValueError
 from .pipeline.identity import flags, identity
-from .pipeline.megatron import Groups, run_schedule
+from .pipeline.megatron import Chunk, Groups, run_schedule
 from .pipeline.microbatch import split_batch
 from .pipeline.program import Losses, Program
 from .pipeline.runner import StageRunner, Step
@@ -167,7 +167,7 @@ class ParallelModel(nn.Module):
         if len(self.plan.stages) == 1:
             return value
         box = [value]
-        source = dist.get_global_rank(self.groups.pp, len(self.plan.stages) - 1)
+        source = dist.get_global_rank(self.groups.pp, self.groups.sizes.pp - 1)
         dist.broadcast_object_list(box, src=source, group=self.groups.pp, device=self.groups.device)
         return box[0]
 
@@ -251,22 +251,32 @@ class ParallelModel(nn.Module):
                 runner.use(step_plan)
             stack.enter_context(lent(self._loans(step_plan), self.storage, groups))
             stack.enter_context(self._seeded())
-            if forward_only:
-                stack.callback(self.free_gathered)
-            program = Program(runner, step, parts, forward_only, self.seed_for)
-            return run_schedule(
-                program,
-                microbatches=len(parts),
+            stack.callback(self.free_gathered)
+            chunks = [
+                Chunk(
+                    Program(runner, stage, step, parts, forward_only, self.seed_for),
+                    runner.incoming(stage),
+                    runner.outgoing(stage),
+                )
+                for stage in runner.stages
+            ]
+            # Interleaved rounds must be full; only a forward may come with less.
+            microbatches = len(parts)
+            if len(chunks) > 1:
+                microbatches += -len(parts) % groups.sizes.pp
+            results = run_schedule(
+                chunks,
+                microbatches=microbatches,
                 pp_group=groups.pp if groups.sizes.pp > 1 else None,
                 pp_rank=groups.pp_rank,
                 pp_size=groups.sizes.pp,
                 device=groups.device,
-                incoming=runner.incoming if groups.sizes.pp > 1 else None,
-                outgoing=runner.outgoing if groups.sizes.pp > 1 else None,
                 forward_only=forward_only,
                 no_sync=self._no_sync if self.managed else None,
                 groups=Groups(groups.tp, groups.cp, groups.dp_cp),
+                schedule=self.plan.options.pipeline.schedule,
             )
+        return results[: len(parts)]
 
     def _plan_for(self, step: Step, batch: Any, key: Any) -> StepPlan | None:
         """Return the step's plan, made at the first call for these shapes; None if not needed."""
@@ -300,7 +310,7 @@ class ParallelModel(nn.Module):
                 self.groups.device,
             )
         if self.managed:
-            refuse_uses_outside(made.trace, self.plan.blocks)
+            refuse_uses_outside(made.trace, self.plan)
         return made
 
     def _loans(self, step_plan: StepPlan | None) -> list[Loan]:
@@ -339,9 +349,8 @@ class ParallelModel(nn.Module):
         with torch.random.fork_rng(devices=devices):
             yield
 
-    def seed_for(self, microbatch: int) -> int:
-        g = self.groups
-        parts = (self.seed, self.steps, g.dp_rank, g.pp_rank, microbatch)
+    def seed_for(self, stage: int, microbatch: int) -> int:
+        parts = (self.seed, self.steps, self.groups.dp_rank, stage, microbatch)
         return hash(parts) & 0x7FFF_FFFF_FFFF_FFFF
 
     @contextmanager
@@ -360,7 +369,7 @@ class ParallelModel(nn.Module):
         root.set_is_last_backward(on)
 
     def free_gathered(self) -> None:
-        """Free what FSDP gathered; backward does it in a training step."""
+        """Free what FSDP gathered; backward does it too, where it runs."""
         for module in self._fsdp_modules():
             module.reshard()
 

@@ -53,7 +53,7 @@ def parallelize(
     module = model if inplace else _copy_without_parameters(model)
     where = places(module)
     entries = place(planned, model, where, module, groups)
-    runner = StageRunner(module, planned, groups)
+    runner = StageRunner(module, planned, groups, where)
     managed: list[nn.Module] = []
     if planned.options.data_parallel.kind == "fsdp" and groups.dp_cp.size() > 1:
         managed = shard_over_dp(planned, runner, module, list(entries.values()), groups)
@@ -79,10 +79,10 @@ def _tie_groups(plan: Plan, groups: MeshGroups) -> dict[str, dist.ProcessGroup]:
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
     ties: dict[str, dist.ProcessGroup] = {}
     for param in plan.params:
-        if len(param.stages) > 1 and groups.pp_rank in param.stages:
-            if param.stages not in made:
-                made[param.stages] = stage_group(groups, param.stages)
-            ties[param.name] = made[param.stages]
+        if len(param.ranks) > 1 and groups.pp_rank in param.ranks:
+            if param.ranks not in made:
+                made[param.ranks] = stage_group(groups, param.ranks)
+            ties[param.name] = made[param.ranks]
     return ties
 
 

@@ -101,16 +101,16 @@ def new_group(ranks: Sequence[int]) -> ProcessGroup | None:
     return cast("ProcessGroup", group)
 
 
-def stage_group(groups: MeshGroups, stages: Sequence[int]) -> ProcessGroup:
-    """Return the group of this rank's counterparts on ``stages``, which include its own.
+def stage_group(groups: MeshGroups, ranks: Sequence[int]) -> ProcessGroup:
+    """Return the group of this rank's counterparts on pipeline ``ranks``, its own among them.
 
     Communication: making a group, unless it is that of all stages: see ``new_group``.
     """
-    if len(stages) == groups.sizes.pp:
+    if len(ranks) == groups.sizes.pp:
         # Not only cheaper: torch names a group of the whole world by a counter that differs
         # between ranks once some of them are in groups that others are not in.
         return groups.pp
-    group = new_group([dist.get_global_rank(groups.pp, stage) for stage in stages])
+    group = new_group([dist.get_global_rank(groups.pp, rank) for rank in ranks])
     assert group is not None
     return group
 

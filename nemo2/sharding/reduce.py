@@ -123,7 +123,7 @@ def counted_here(entry: Entry, groups: MeshGroups) -> bool:
         return False
     if entry.replicated_over_dp and groups.dp_cp.rank() != 0:
         return False
-    return groups.pp_rank == min(entry.plan.stages)
+    return groups.pp_rank == entry.plan.ranks[0]
 
 
 def norm_of(grads: Mapping[str, Tensor], storage: Storage, groups: MeshGroups) -> Tensor:
