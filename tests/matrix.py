@@ -23,6 +23,8 @@ import nemo2
 from tests.models import ZOO, token_ids
 
 MICROBATCHES = (1, 2, 5, 8)
+# with virtual stages and blocks: what interleaves needs more blocks than the models have
+SCHEDULES = (("1f1b", 1, None), ("interleaved", 2, 5))
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class Cell:
     tp: int
     kind: str
     microbatches: int
+    schedule: str = "1f1b"
+    virtual_stages: int = 1
+    layers: int | None = None
 
     @property
     def world(self) -> int:
@@ -47,12 +52,20 @@ class Cell:
     def __str__(self) -> str:
         return (
             f"{self.model}, dp={self.dp} pp={self.pp} tp={self.tp} {self.kind} x{self.microbatches}"
+            f" {self.schedule}"
         )
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is a tensor-parallel plan and a schedule for this combination."""
+        rounds = self.schedule == "1f1b" or (self.pp > 1 and self.microbatches % self.pp == 0)
+        return rounds and self.tp <= ZOO[self.model].max_tp
 
 
 def product(sizes: Sequence[int] = (1, 2)) -> list[Cell]:
     cells = itertools.product(ZOO, sizes, sizes, sizes, ("ddp", "fsdp"), MICROBATCHES)
-    return [c for c in itertools.starmap(Cell, cells) if c.tp <= ZOO[c.model].max_tp]
+    found = [Cell(*cell, *how) for cell in cells for how in SCHEDULES]
+    return [c for c in found if c.runs]
 
 
 def covering(cells: Sequence[Cell]) -> list[Cell]:
@@ -73,7 +86,7 @@ def check(cells: Sequence[Cell], dtype: torch.dtype, device: str) -> list[tuple[
 
 
 def check_one(cell: Cell, dtype: torch.dtype, device: str) -> tuple[bool, str]:
-    case = ZOO[cell.model]
+    case = ZOO[cell.model] if cell.layers is None else ZOO[cell.model].with_layers(cell.layers)
     report = nemo2.verify(
         case,
         token_ids(cell.dp * cell.microbatches * (2 if cell.microbatches == 1 else 1)),
@@ -83,7 +96,7 @@ def check_one(cell: Cell, dtype: torch.dtype, device: str) -> tuple[bool, str]:
         dtype=dtype,
         rules=case.rules,
         data_parallel=cell.kind,
-        pipeline=nemo2.Pipeline(microbatches=cell.microbatches),
+        pipeline=nemo2.Pipeline(cell.microbatches, cell.schedule, cell.virtual_stages),
     )
     return report.ok, str(report)
 
