@@ -174,9 +174,7 @@ LLAMA = {
 }
 
 
-def llama(
-    layers: int = 3, *, tied: bool = False, heads: int = 4, kv_heads: int = 2
-) -> nn.Module:
+def llama(layers: int = 3, *, tied: bool = False, heads: int = 4, kv_heads: int = 2) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -268,7 +268,11 @@ class InterleavedExchange:
         return received
 
     def send_forward_recv_forward(
-        self, output: Tensor | None, recv_prev: bool, tensor_shape: Any, overlap_p2p_comm: bool = False
+        self,
+        output: Tensor | None,
+        recv_prev: bool,
+        tensor_shape: Any,
+        overlap_p2p_comm: bool = False,
     ) -> Any:
         received, transfers = self._forward(output, recv_prev, wait=not overlap_p2p_comm)
         return (received, transfers) if overlap_p2p_comm else received

@@ -33,6 +33,8 @@ from .forwards import plain_forward, quiet_forward
 from .stages import Crossing, StagePlan, block_of, stage_of
 
 Step = Callable[[nn.Module, Any], Any]
+_Change = tuple[MutableMapping[str, Any], str, Any]  # attributes, key, value for a time
+_MISSING = object()
 
 
 class StageExit(BaseException):
@@ -77,7 +79,7 @@ class StageRunner(nn.Module):
         self._installed: list[tuple[nn.Module, Any]] = []
         self._handles: list[RemovableHandle] = []
         self._absent_blocks: list[tuple[nn.Module, Any]] = []
-        self._elsewhere: dict[int, _Elsewhere] = {}
+        self._hidden: dict[int, list[_Change]] = {}
 
     @property
     def last(self) -> bool:
@@ -219,14 +221,17 @@ class StageRunner(nn.Module):
             self._handles.append(module.register_forward_hook(self._capturing(module_name)))
         if len(self.stages) > 1:
             for stage in self.stages:
-                self._elsewhere[stage.index] = self._find_elsewhere(stage, step_plan)
+                self._hidden[stage.index] = self._hiding(stage, step_plan)
 
-    def _find_elsewhere(self, stage: StagePlan, step_plan: StepPlan) -> _Elsewhere:
-        """Find what this rank holds for its other stages and ``stage`` must not see."""
-        found = _Elsewhere()
+    def _hiding(self, stage: StagePlan, step_plan: StepPlan) -> list[_Change]:
+        """Return what hides from ``stage`` the blocks and parameters of this rank's others."""
+        changes: list[_Change] = []
         for i, name in enumerate(self.plan.blocks):
             if self._is_local(i) and not stage.holds(i):
-                found.blocks.append((self.module.get_submodule(name), self._absent_forward(i, name)))
+                own = self.module.get_submodule(name).__dict__
+                changes.append((own, "forward", self._absent_forward(i, name)))
+                # Nor are its hooks called, FSDP's among them, where it does not run.
+                changes += [(own, hooks, {}) for hooks in ("_forward_pre_hooks", "_forward_hooks")]
         params = {p.name: p for p in self.plan.params}
         for place in self.places:
             param = params[place.param]
@@ -234,36 +239,32 @@ class StageRunner(nn.Module):
             in_block = any(block_of(n, self.plan.blocks) is not None for n in place.names)
             if not in_block and stage.index not in seen:
                 absent = placeholder(param, self.groups.device)
-                found.params.append((place.module, place.leaf, absent))
-        return found
+                changes.append((place.module._parameters, place.leaf, None))
+                changes.append((place.module.__dict__, place.leaf, absent))
+        return changes
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Show the module as on a rank that runs the present stage and no other."""
-        elsewhere = self._elsewhere.get(self.stage.index, _Elsewhere())
-        forwards = [block.__dict__.get("forward") for block, _ in elsewhere.blocks]
-        params = [
-            (module, leaf, absent, module._parameters[leaf])
-            for module, leaf, absent in elsewhere.params
-            if leaf in module._parameters
-        ]
-        for block, forward in elsewhere.blocks:
-            block.__dict__["forward"] = forward
-        for module, leaf, absent, _ in params:
-            module._parameters[leaf] = None
-            module.__dict__[leaf] = absent
+        changes = self._hidden.get(self.stage.index, [])
+        before = [attributes.get(key, _MISSING) for attributes, key, _ in changes]
+        for attributes, key, value in changes:
+            attributes[key] = value
         try:
             yield
         finally:
-            for (block, _), before in zip(elsewhere.blocks, forwards, strict=True):
-                _set_forward(block, before)
-            for module, leaf, _, param in params:
-                del module.__dict__[leaf]
-                module._parameters[leaf] = param
+            for (attributes, key, _), value in zip(changes, before, strict=True):
+                if value is _MISSING:
+                    del attributes[key]
+                else:
+                    attributes[key] = value
 
     def _uninstall(self) -> None:
         for module, forward in reversed(self._installed):
-            _set_forward(module, forward)
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
         for handle in self._handles:
             handle.remove()
         self._installed, self._handles, self.step_plan = [], [], None
@@ -328,9 +329,7 @@ class StageRunner(nn.Module):
         specs = outgoing.tensors if outgoing is not None else ()
         return tuple(torch.empty(s.shape, dtype=s.dtype, device=device) for s in specs)
 
-    def run(
-        self, stage: StagePlan, step: Step, batch: Any, received: tuple[Tensor, ...]
-    ) -> Any:
+    def run(self, stage: StagePlan, step: Step, batch: Any, received: tuple[Tensor, ...]) -> Any:
         """Run the part of ``step`` that is ``stage``, one of this rank's, on one microbatch."""
         self.stage, self.passage = stage, Passage(received)
         self.axis.varied.clear()
@@ -369,22 +368,6 @@ class StageRunner(nn.Module):
             if layout.dim is not None:
                 leaves[i] = gather(x, layout.dim, self.axis)
         return tree_unflatten(spec, leaves)
-
-
-@dataclass
-class _Elsewhere:
-    """Blocks (with their absent forwards) and parameters that a stage must not see."""
-
-    blocks: list[tuple[nn.Module, Callable[..., Any]]] = field(default_factory=list)
-    params: list[tuple[nn.Module, str, Absent]] = field(default_factory=list)
-
-
-def _set_forward(module: nn.Module, forward: Any) -> None:
-    """Give a module back its own ``forward``, None for that of its class."""
-    if forward is None:
-        module.__dict__.pop("forward", None)
-    else:
-        module.__dict__["forward"] = forward
 
 
 def _refill(hooks: MutableMapping[int, Any], before: dict[int, Any]) -> None:

@@ -70,9 +70,7 @@ def block_names(model: nn.Module, lists: Sequence[str], pp: int) -> tuple[str, .
     return tuple(prefix + name for name, _ in container.named_children())
 
 
-def split_blocks(
-    costs: Sequence[int], pp: int, pipeline: Pipeline = Pipeline()
-) -> tuple[StagePlan, ...]:
+def split_blocks(costs: Sequence[int], pp: int, pipeline: Pipeline) -> tuple[StagePlan, ...]:
     """Spread blocks over ``pp`` ranks; see ``spread`` for how, unless ``layers_per_stage`` says.
 
     Raises: PipelineError when there are more stages than blocks, or when the numbers given do
