@@ -308,6 +308,56 @@ def test_one_send_for_each_boundary_microbatch_and_way(
     assert pool.run(2, traffic_job, kind, 4, forward_only, 2) == expected
 
 
+class Done:
+    def wait(self) -> None:
+        pass
+
+
+def transfers(rank: int, pp: int, virtual_stages: int, microbatches: int) -> list[Any]:
+    """Return what a rank starts, in order: (whether it sends, the other rank, tag)."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    started: list[Any] = []
+
+    def note(sends: bool) -> Any:
+        def start(tensor: Tensor, peer: int, group: Any, tag: int) -> Done:
+            started.append((sends, peer, tag))
+            return Done()
+
+        return start
+
+    dist.init_process_group("fake", rank=rank, world_size=pp, store=FakeStore())
+    send, receive = dist.isend, dist.irecv
+    dist.isend, dist.irecv = note(True), note(False)
+    try:
+        Setup("one", virtual_stages).run(microbatches)
+    finally:
+        dist.isend, dist.irecv = send, receive
+        dist.destroy_process_group()
+    return started
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+@pytest.mark.parametrize(("pp", "virtual_stages"), [(2, 2), (2, 3), (3, 2), (4, 2), (5, 3)])
+def test_interleaved_transfers_end_even_if_a_rank_runs_them_one_by_one(
+    pp: int, virtual_stages: int, rounds: int
+) -> None:
+    # As NCCL does with those of a pair of ranks, or, with one communicator, with all of a rank.
+    left = [transfers(r, pp, virtual_stages, rounds * pp) for r in range(pp)]
+    assert sum(map(len, left)) == 4 * (pp * virtual_stages - 1) * rounds * pp
+    moved = True
+    while moved:
+        moved = False
+        for rank, own in enumerate(left):
+            if own and own[0][0]:
+                _, peer, tag = own[0]
+                if left[peer] and left[peer][0] == (False, rank, tag):
+                    own.pop(0)
+                    left[peer].pop(0)
+                    moved = True
+    assert not any(left)
+
+
 def subgroups_job() -> list[str]:
     """Two pipelines of two stages at once, over ranks that are not neighbours."""
     rank = dist.get_rank()
