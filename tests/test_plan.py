@@ -95,7 +95,7 @@ def test_all_problems_at_once():
         ({"data_parallel": nemo2.DataParallel("fsdp", replicate=2)}, "replicate=2"),
         ({"data_parallel": nemo2.DataParallel("fsdp", reshard=True)}, "reshard=True"),
         ({"data_parallel": "zero"}, "'zero' is unknown; kinds: ddp, zero1, fsdp"),
-        ({"pipeline": nemo2.Pipeline(schedule="interleaved", virtual_stages=2)}, "interleaved"),
+        ({"pipeline": nemo2.Pipeline(schedule="zigzag")}, "'zigzag' is unknown; schedules: 1f1b"),
         ({"context_parallel": "rings"}, "'rings' is unknown"),
         ({"tensor": 2}, "unknown option 'tensor'"),
     ],
@@ -116,13 +116,13 @@ def test_what_is_not_built_is_listed_together():
 
 
 def test_stages():
-    assert [s.count for s in split_blocks(5, 2, None)] == [3, 2]
-    assert [s.count for s in split_blocks(7, 4, None)] == [2, 2, 2, 1]
-    assert [s.count for s in split_blocks(5, 2, (1, 4))] == [1, 4]
+    given = split_blocks([1] * 5, 2, nemo2.Pipeline(layers_per_stage=(1, 4)))
+    assert [(s.first, s.last, s.rank) for s in given] == [(0, 0, 0), (1, 4, 1)]
     with pytest.raises(PipelineError, match=r"cannot split 3 blocks over pp=4.*pp in \[1, 2, 3\]"):
         _flat(lambda: nemo2.plan(GPT(), "pp=4"))
-    with pytest.raises(PipelineError, match="does not fit 3 blocks"):
-        nemo2.plan(GPT(), "pp=2", pipeline=nemo2.Pipeline(layers_per_stage=(2, 2)))
+    for given in ((2, 2), (1, 1, 1), (3, 0), ()):
+        with pytest.raises(PipelineError, match=r"does not fit 3 blocks.*\n.*2 numbers >= 1 whose"):
+            nemo2.plan(GPT(), "pp=2", pipeline=nemo2.Pipeline(layers_per_stage=given))
     with pytest.raises(PipelineError, match="no list of blocks is annotated"):
         nemo2.plan(nn.Linear(2, 2), "pp=2")
 

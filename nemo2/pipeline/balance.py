@@ -23,6 +23,8 @@ def block_costs(
     Args:
         size: elements of a parameter that one rank multiplies with.
     """
+    if not blocks:
+        return []
     costs = [0] * len(blocks)
     block, index = "", 0
     for name, module in model.named_modules(remove_duplicate=False):
