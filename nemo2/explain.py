@@ -9,6 +9,7 @@ from math import prod
 
 from .communication import boundary_bytes, collectives
 from .model import ParallelModel
+from .pipeline.stages import block_of
 from .plan import ParamPlan, Plan, StepPlan
 
 
@@ -111,21 +112,22 @@ def _parameters(plan: Plan) -> str:
 
 
 def _stages(plan: Plan) -> str:
-    rows = []
+    several = len(plan.stages) > plan.sizes.pp
+    rows: list[tuple[object, ...]] = []
     for stage in plan.stages:
         names = plan.blocks[stage.first : stage.last + 1]
         blocks = f"{names[0]} .. {names[-1]} ({len(names)})" if names else "(whole model)"
         held = [p for p in plan.params if stage.index in p.stages]
-        outside = [p.name for p in held if not any(p.name.startswith(b + ".") for b in plan.blocks)]
+        outside = [p.name for p in held if block_of(p.name, plan.blocks) is None]
         count = sum(prod(p.shape) for p in held)
         local = sum(prod(p.local_shape) for p in held)
         listed = ", ".join(outside[:4]) + (" ..." if len(outside) > 4 else "")
-        rows.append(
-            (stage.index, blocks, f"{count:,}", f"{local:,}", listed if plan.blocks else "")
-        )
-    return table(
-        "stages", ("stage", "blocks", "parameters", "on a rank (tp)", "outside blocks"), rows
-    )
+        chunk = (stage.index // plan.sizes.pp,) if several else ()
+        shown = listed if plan.blocks else ""
+        rows.append((stage.index, stage.rank, *chunk, blocks, f"{count:,}", f"{local:,}", shown))
+    chunk_header = ("chunk",) if several else ()
+    sizes = ("parameters", "on a rank (tp)", "outside blocks")
+    return table("stages", ("stage", "rank", *chunk_header, "blocks", *sizes), rows)
 
 
 def _boundaries(plan: Plan, step: StepPlan) -> str:
@@ -156,10 +158,13 @@ def _boundaries(plan: Plan, step: StepPlan) -> str:
         rows,
     )
     for name, stages in step.borrowed.items():
-        text += (
-            f"\n  '{name}' is used on stage {', '.join(map(str, stages))} and lent there each step:"
-            " register its module where it is used to save that"
-        )
+        held = plan.param(name).ranks
+        lent = [s for s in stages if plan.stages[s].rank not in held]
+        if lent:
+            text += (
+                f"\n  '{name}' is used on stage {', '.join(map(str, lent))} and lent there each"
+                " step: register its module where it is used to save that"
+            )
     return text
 
 

@@ -72,17 +72,19 @@ def _copy_without_parameters(model: nn.Module) -> nn.Module:
 
 
 def _tie_groups(plan: Plan, groups: MeshGroups) -> dict[str, dist.ProcessGroup]:
-    """Make the groups over which the gradients of parameters tied across stages are summed.
+    """Make the groups over which the gradients of parameters tied across ranks are summed.
 
-    Communication: making groups; the same order on all members.
+    Communication: making groups; the same order on all ranks of the mesh.
     """
-    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
     ties: dict[str, dist.ProcessGroup] = {}
     for param in plan.params:
-        if len(param.ranks) > 1 and groups.pp_rank in param.ranks:
+        if len(param.ranks) > 1:
             if param.ranks not in made:
                 made[param.ranks] = stage_group(groups, param.ranks)
-            ties[param.name] = made[param.ranks]
+            group = made[param.ranks]
+            if group is not None:
+                ties[param.name] = group
     return ties
 
 

@@ -48,7 +48,7 @@ def test_tables():
         "tp: Shard(0), dp: Shard(0)",
         "(48, 32)",
         "tied to head.weight",
-        "layers.0 .. layers.1 (2)",
+        "0      0     layers.0 .. layers.1 (2)",
         "0 -> 1  layers.1[0]",
         "all-reduce of tied gradient",
         "reduce-scatter of gradients",
@@ -56,6 +56,52 @@ def test_tables():
     ):
         assert part in text, text
     assert nemo2.explain(plan) == text
+
+
+def test_stages_of_interleaved_ranks():
+    how = nemo2.Pipeline(4, "interleaved", 2)
+    model = GPT(5, tied=True)
+    plan = nemo2.plan(model, "pp=2", step=next_token, batch=token_ids(4), pipeline=how)
+    assert [(s.index, s.rank, s.first, s.last) for s in plan.stages] == [
+        (0, 0, 0, 0),
+        (1, 1, 1, 2),
+        (2, 0, 3, 3),
+        (3, 1, 4, 4),
+    ]
+    tied = plan.param("embed.weight")
+    assert (tied.homes, tied.stages, tied.ranks) == ((0, 3), (0, 3), (0, 1))
+    assert plan.param("layers.3.up.weight").ranks == (0,)
+    text = str(plan)
+    for part in (
+        "schedule=interleaved, virtual_stages=2",
+        "stage  rank  chunk  blocks",
+        "1      1     0      layers.1 .. layers.2 (2)",
+        "2      0     1      layers.3 .. layers.3 (1)",
+        "2 -> 3  layers.3[0]",
+    ):
+        assert part in text, text
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_microbatches_that_do_not_fill_rounds_are_refused(count):
+    how = nemo2.Pipeline(count, "interleaved", 2)
+    with pytest.raises(PipelineError, match=r"no multiple of 2\n  options: microbatches in \[\d"):
+        nemo2.plan(GPT(4), "pp=2", pipeline=how)
+    assert len(nemo2.plan(GPT(4), "pp=1", pipeline=how).stages) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"virtual_stages": 2}, "1F1B runs one stage on each rank\n  options: schedule='inter"),
+        ({"schedule": "interleaved"}, "nothing to interleave\n  options: virtual_stages=2"),
+        ({"virtual_stages": 0}, r"virtual_stages=0\): give an integer >= 1"),
+        ({"virtual_stages": 1.5}, r"virtual_stages=1.5\): give an integer >= 1"),
+    ],
+)
+def test_a_schedule_and_virtual_stages_that_contradict_each_other_are_refused(options, part):
+    with pytest.raises(PipelineError, match=part):
+        nemo2.Pipeline(**options)
 
 
 def test_lent_parameters_are_named():

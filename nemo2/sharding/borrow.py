@@ -50,16 +50,19 @@ def make_loans(
     Communication: making groups; all ranks of the mesh call it with the same loans.
     """
     loans = []
-    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
     for name in sorted(borrowed):
         param = plan.param(name)
         own = [w for w in where if w.param == name]
         borrowers = borrowing_ranks(param, borrowed[name], own, plan)
         ranks = tuple(dict.fromkeys((*param.ranks, *borrowers)))
-        if not borrowers or groups.pp_rank not in ranks:
+        if not borrowers:
             continue
         if ranks not in made:
             made[ranks] = stage_group(groups, ranks)
+        group = made[ranks]
+        if group is None:
+            continue
         copy = None
         if groups.pp_rank in borrowers:
             value = torch.empty(param.local_shape, dtype=param.dtype, device=groups.device)
@@ -68,7 +71,7 @@ def make_loans(
         lends = groups.pp_rank == param.ranks[0]
         empty = [w for w in own if w.leaf in w.module.__dict__]
         loans.append(
-            Loan(param, made[ranks], owner, lends, copy, empty if copy is not None else [])
+            Loan(param, group, owner, lends, copy, empty if copy is not None else [])
         )
     return loans
 
