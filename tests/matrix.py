@@ -1,4 +1,4 @@
-"""The parity matrix: every model on every mesh, data-parallel kind and microbatch count.
+"""The parity matrix: every model on every mesh, data-parallel kind, schedule and microbatch count.
 
 ``python -m tests.matrix`` runs the whole product and writes ``docs/matrix.md``; the tests run
 a covering design in which every pair of options occurs.
@@ -57,7 +57,7 @@ class Cell:
 
     @property
     def runs(self) -> bool:
-        """Whether there is a tensor-parallel plan and a schedule for this combination."""
+        """Whether the model takes this ``tp``, and Megatron this count in this schedule."""
         rounds = self.schedule == "1f1b" or (self.pp > 1 and self.microbatches % self.pp == 0)
         return rounds and self.tp <= ZOO[self.model].max_tp
 
@@ -156,7 +156,9 @@ def write(cells: Sequence[Cell], failed: Sequence[Cell], minutes: float) -> None
         f" {minutes:.0f} minutes on {os.cpu_count()} cores: "
         f"{len(cells) - len(failed)} of {len(cells)} cells equal one device.",
         "",
-        "Each entry: cells equal / cells, over (ddp, fsdp) and 1, 2, 5 and 8 microbatches.",
+        "Each entry: cells equal / cells, over (ddp, fsdp) and 1, 2, 5 and 8 microbatches, and with"
+        " pp2 over",
+        "1F1B and, with 2 and 8 microbatches, interleaved 1F1B (2 virtual stages).",
         "",
     ]
     meshes = sorted({(c.dp, c.pp, c.tp) for c in cells})

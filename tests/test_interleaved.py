@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -11,9 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import nemo2
-from nemo2 import PipelineError, shard
 from tests.matrix import Cell, check
-from tests.models import GPT, VOCAB, WIDTH, Block, SkipBlock, counted, next_token, token_ids
+from tests.models import GPT, counted, next_token, token_ids
 
 ONE = nemo2.Pipeline(4)
 TWO = nemo2.Pipeline(4, "interleaved", 2)
@@ -164,3 +162,109 @@ def test_the_users_activation_checkpoints(pool):
     case = (Checkpointed, (), {})
     jobs = [(case, {"pp": 2, "dp": 2}, kind, TWO) for kind in ("ddp", "fsdp")]
     assert pool.run(4, verified, jobs, pool.device) == [[]] * 4
+
+
+def whole(device: str, kind: str, pipeline: nemo2.Pipeline, dp: int) -> dict[str, Any]:
+    """Compare forward passes, states and the norm with the unsplit model."""
+    torch.manual_seed(0)
+    model = GPT(5, tied=True).double()
+    mesh = nemo2.make_mesh(pp=2, dp=dp, device=device)
+    parallel = nemo2.parallelize(model, mesh, data_parallel=kind, pipeline=pipeline)
+    ids = token_ids(3).to(parallel.groups.device)
+    state = parallel.full_state_dict()
+    outputs = [parallel(ids, broadcast_output=True).cpu() for _ in range(2)]
+    parallel.backward(next_token, token_ids(8 * dp).chunk(dp)[parallel.groups.dp_rank])
+    norm = parallel.clip_grad_norm_(1e9)
+    loss = next_token(model, token_ids(8 * dp))
+    loss.backward()
+    expected = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    own = parallel.module
+    return {
+        "state": all(torch.equal(state[n].cpu(), v) for n, v in model.state_dict().items()),
+        "names": state.keys() == model.state_dict().keys(),
+        "forward": all(torch.allclose(o, model(token_ids(3)), atol=1e-12) for o in outputs),
+        "norm": abs(norm.item() - expected.item()) < 1e-10,
+        "held": len(list(own.parameters())) == len(parallel.params),
+    }
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_forward_of_any_batch_state_and_norm(pool, kind):
+    for result in pool.run(4, whole, pool.device, kind, TWO, 2):
+        assert all(result.values()), result
+
+
+def dropped(device: str, build: Any, steps: int) -> tuple[list[float], list[Tensor]]:
+    """Return the losses and the last gradients of a model with dropout."""
+    torch.manual_seed(0)
+    mesh = nemo2.make_mesh(pp=2, device=device)
+    parallel = nemo2.parallelize(build(p=0.3).double(), mesh, pipeline=TWO)
+    run = nemo2.value_and_grad(next_token, parallel)
+    results = [run(parallel.params, token_ids(8), step=s) for s in range(steps)]
+    again = run(parallel.params, token_ids(8), step=steps - 1)
+    assert again[0].item() == results[-1][0].item()
+    return [r[0].item() for r in results], [g.to_local().cpu() for g in results[-1][1].values()]
+
+
+class Dropped(Checkpointed):
+    """The same without the checkpoints."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.place(torch.arange(ids.shape[1], device=ids.device))
+        for layer in self.layers:
+            x = self.drop(layer(x))
+        return self.head(self.norm(x))
+
+
+def test_recomputation_sees_its_microbatch_and_its_random_numbers(pool):
+    saved = pool.run(2, dropped, pool.device, Dropped, 2)
+    recomputed = pool.run(2, dropped, pool.device, Checkpointed, 2)
+    for (losses, grads), (again, same) in zip(saved, recomputed, strict=True):
+        assert losses == again
+        assert losses[0] != losses[1]
+        assert all(torch.allclose(a, b, atol=1e-13) for a, b in zip(grads, same, strict=True))
+
+
+def seeds(device: str) -> list[int]:
+    mesh = nemo2.make_mesh(pp=2, device=device)
+    parallel = nemo2.parallelize(GPT(4), mesh, pipeline=TWO)
+    return [parallel.seed_for(s.index, m) for s in parallel.runner.stages for m in range(4)]
+
+
+def test_each_stage_and_microbatch_draws_its_own_numbers(pool):
+    first, second = pool.run(2, seeds, pool.device)
+    assert len({*first, *second}) == 2 * 2 * 4
+
+
+def reductions(device: str, frozen: tuple[int, ...]) -> int:
+    """Return how many reduce-scatters FSDP runs in one step on this rank."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as groups
+
+    mesh = nemo2.make_mesh(pp=2, dp=2, device=device)
+    parallel = nemo2.parallelize(Frozen(*frozen), mesh, pipeline=TWO)
+    counted, original = [], groups.foreach_reduce
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        counted.append(1)
+        return original(*args, **kwargs)
+
+    groups.foreach_reduce = count
+    try:
+        parallel.backward(next_token, token_ids(8))
+    finally:
+        groups.foreach_reduce = original
+    return len(counted)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "expected"),
+    [
+        # Each rank: two blocks and, as they end in the head or begin with the embedding, the rest.
+        ((), {0: 3, 1: 3}),
+        ((0,), {0: 1, 1: 3}),
+        ((0, 1), {0: 1, 1: 2}),
+    ],
+)
+def test_fsdp_reduces_each_gradient_once(pool, frozen, expected):
+    got = pool.run(4, reductions, pool.device, frozen)
+    assert got == [expected[rank // 2] for rank in range(4)]

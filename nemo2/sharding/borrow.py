@@ -70,9 +70,7 @@ def make_loans(
         owner = dist.get_global_rank(groups.pp, param.ranks[0])
         lends = groups.pp_rank == param.ranks[0]
         empty = [w for w in own if w.leaf in w.module.__dict__]
-        loans.append(
-            Loan(param, group, owner, lends, copy, empty if copy is not None else [])
-        )
+        loans.append(Loan(param, group, owner, lends, copy, empty if copy is not None else []))
     return loans
 
 
