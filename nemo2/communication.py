@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .sharding.actions import Action
-from .sharding.buckets import pack
 from .sharding.layout import AXES, Layout
 from .trace import Activation, Entry, Event, Trace
 
@@ -211,6 +210,8 @@ def data_parallel(plan: Plan, stage: int) -> tuple[StepCollective, ...]:
     frozen is not reduced, and a block before the first trainable parameter not gathered for
     the backward. Buckets are counted in the order of registration, that of the first step.
     """
+    from .sharding.buckets import pack  # needs DTensor, which takes half a second to import
+
     if plan.sizes.dp * plan.sizes.cp == 1:
         return ()
     shards = plan.options.data_parallel.shards(plan.sizes)

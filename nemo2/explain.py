@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from .communication import boundary_bytes, collectives, data_parallel
 from .options import DataParallel
+from .pipeline.stages import block_of
 from .plan import ParamPlan, Plan, StepPlan
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def tables(plan: Plan) -> str:
         f"data_parallel={_kind(options.data_parallel)}, "
         f"microbatches={options.pipeline.microbatches}, schedule={options.pipeline.schedule}"
     )
+    if options.pipeline.virtual_stages > 1:
+        head += f", virtual_stages={options.pipeline.virtual_stages}"
     parts = [
         head,
         "weights and buffers: copied from the first rank of the mesh",
@@ -70,7 +73,7 @@ def _family(name: str) -> str:
 def placement(param: ParamPlan, plan: Plan) -> str:
     """Return how a parameter is placed, for example ``tp: Shard(0), dp: Shard(0)``."""
     tp = "Replicate()" if param.tp_dim is None else f"Shard({param.tp_dim})"
-    split = plan.options.data_parallel.shards(plan.sizes) > 1 and param.shape
+    split = plan.options.data_parallel.shards(plan.sizes) > 1 and param.dp_dim is not None
     dp = f"Shard({param.dp_dim})" if split else "Replicate()"
     parts = [f"tp: {tp}"] if plan.sizes.tp > 1 else []
     if plan.sizes.dp * plan.sizes.cp > 1:
@@ -123,21 +126,22 @@ def _parameters(plan: Plan) -> str:
 
 
 def _stages(plan: Plan) -> str:
-    rows = []
+    several = len(plan.stages) > plan.sizes.pp
+    rows: list[tuple[object, ...]] = []
     for stage in plan.stages:
         names = plan.blocks[stage.first : stage.last + 1]
         blocks = f"{names[0]} .. {names[-1]} ({len(names)})" if names else "(whole model)"
         held = [p for p in plan.params if stage.index in p.stages]
-        outside = [p.name for p in held if not any(p.name.startswith(b + ".") for b in plan.blocks)]
+        outside = [p.name for p in held if block_of(p.name, plan.blocks) is None]
         count = sum(prod(p.shape) for p in held)
         local = sum(prod(p.local_shape) for p in held)
         listed = ", ".join(outside[:4]) + (" ..." if len(outside) > 4 else "")
-        rows.append(
-            (stage.index, blocks, f"{count:,}", f"{local:,}", listed if plan.blocks else "")
-        )
-    return table(
-        "stages", ("stage", "blocks", "parameters", "on a rank (tp)", "outside blocks"), rows
-    )
+        chunk = (stage.index // plan.sizes.pp,) if several else ()
+        shown = listed if plan.blocks else ""
+        rows.append((stage.index, stage.rank, *chunk, blocks, f"{count:,}", f"{local:,}", shown))
+    chunk_header = ("chunk",) if several else ()
+    sizes = ("parameters", "on a rank (tp)", "outside blocks")
+    return table("stages", ("stage", "rank", *chunk_header, "blocks", *sizes), rows)
 
 
 def _boundaries(plan: Plan, step: StepPlan) -> str:
@@ -168,10 +172,13 @@ def _boundaries(plan: Plan, step: StepPlan) -> str:
         rows,
     )
     for name, stages in step.borrowed.items():
-        text += (
-            f"\n  '{name}' is used on stage {', '.join(map(str, stages))} and lent there each step:"
-            " register its module where it is used to save that"
-        )
+        held = plan.param(name).ranks
+        lent = [s for s in stages if plan.stages[s].rank not in held]
+        if lent:
+            text += (
+                f"\n  '{name}' is used on stage {', '.join(map(str, lent))} and lent there each"
+                " step: register its module where it is used to save that"
+            )
     return text
 
 
@@ -230,7 +237,7 @@ def _data_parallel(plan: Plan) -> str:
 def _end_of_step(plan: Plan) -> list[tuple[object, ...]]:
     rows: list[tuple[object, ...]] = []
     for p in plan.params:
-        if len(p.stages) > 1:
+        if len(p.ranks) > 1:
             rows.append(
                 (
                     "pp",

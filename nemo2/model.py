@@ -16,7 +16,7 @@ from .errors import Nemo2Error
 from .mesh.groups import MeshGroups
 from .pipeline.absent import NeedsValueError
 from .pipeline.identity import flags, identity
-from .pipeline.megatron import Groups, run_schedule
+from .pipeline.megatron import Chunk, Groups, run_schedule
 from .pipeline.microbatch import split_batch
 from .pipeline.program import Losses, Program
 from .pipeline.runner import StageRunner, Step
@@ -178,7 +178,7 @@ class ParallelModel(nn.Module):
         if len(self.plan.stages) == 1:
             return value
         box = [value]
-        source = dist.get_global_rank(self.groups.pp, len(self.plan.stages) - 1)
+        source = dist.get_global_rank(self.groups.pp, self.groups.sizes.pp - 1)
         dist.broadcast_object_list(box, src=source, group=self.groups.pp, device=self.groups.device)
         return box[0]
 
@@ -265,20 +265,31 @@ class ParallelModel(nn.Module):
             stack.enter_context(
                 self._data_parallel.running(may_skip=may_skip, forward_only=forward_only)
             )
-            program = Program(runner, step, parts, forward_only, self.seed_for)
-            return run_schedule(
-                program,
-                microbatches=len(parts),
+            chunks = [
+                Chunk(
+                    Program(runner, stage, step, parts, forward_only, self.seed_for),
+                    runner.incoming(stage),
+                    runner.outgoing(stage),
+                )
+                for stage in runner.stages
+            ]
+            # Interleaved rounds must be full; only a forward may come with less.
+            microbatches = len(parts)
+            if len(chunks) > 1:
+                microbatches += -len(parts) % groups.sizes.pp
+            results = run_schedule(
+                chunks,
+                microbatches=microbatches,
                 pp_group=groups.pp if groups.sizes.pp > 1 else None,
                 pp_rank=groups.pp_rank,
                 pp_size=groups.sizes.pp,
                 device=groups.device,
-                incoming=runner.incoming if groups.sizes.pp > 1 else None,
-                outgoing=runner.outgoing if groups.sizes.pp > 1 else None,
                 forward_only=forward_only,
                 no_sync=self._data_parallel.no_sync if self._data_parallel.active else None,
                 groups=Groups(groups.tp, groups.cp, groups.dp_cp),
+                schedule=self.plan.options.pipeline.schedule,
             )
+        return results[: len(parts)]
 
     def _plan_for(self, step: Step, batch: Any, key: Any) -> tuple[StepPlan | None, bool]:
         """Return the step's plan, made at the first call for these shapes, or None if not needed.
@@ -320,7 +331,7 @@ class ParallelModel(nn.Module):
                     raise
                 return None, watch.may_skip
         if self.managed:
-            refuse_uses_outside(made.trace, self.plan.blocks)
+            refuse_uses_outside(made.trace, self.plan)
         return made, watch.may_skip
 
     def _loans(self, step_plan: StepPlan | None) -> list[Loan]:
@@ -359,9 +370,8 @@ class ParallelModel(nn.Module):
         with torch.random.fork_rng(devices=devices):
             yield
 
-    def seed_for(self, microbatch: int) -> int:
-        g = self.groups
-        parts = (self.seed, self.steps, g.dp_rank, g.pp_rank, microbatch)
+    def seed_for(self, stage: int, microbatch: int) -> int:
+        parts = (self.seed, self.steps, self.groups.dp_rank, stage, microbatch)
         return hash(parts) & 0x7FFF_FFFF_FFFF_FFFF
 
     def _to_device(self, batch: Any) -> Any:

@@ -13,11 +13,22 @@ from .mesh.sizes import MeshSizes
 class Pipeline:
     """How a step is cut into microbatches and scheduled over stages.
 
+    On a mesh without ``pp`` there is one stage, whatever the schedule.
+
     Args:
         microbatches: parts of each dp coordinate's batch; its batch size must divide by it.
-        schedule: ``"1f1b"``; ``"interleaved"`` is not built yet.
-        virtual_stages: chunks of the model for each rank; 1 until interleaving is built.
-        layers_per_stage: number of blocks of each stage, first to last; ``None`` spreads evenly.
+        schedule: ``"1f1b"``, or ``"interleaved"``: each rank runs several stages, which lie
+            apart in the model, so that less of a step is spent waiting, for more transfers
+            (overlapped) and more activations held. It trains with a multiple of ``pp``
+            microbatches. What a step does before it calls the model, it does once a stage.
+        virtual_stages: stages of each rank: 1 with ``"1f1b"``, 2 or more with
+            ``"interleaved"``. Stage ``c * pp + r`` is chunk ``c`` of rank ``r``.
+        layers_per_stage: number of blocks of each stage in the model's order, ``pp`` (or
+            ``pp * virtual_stages``) numbers; ``None`` spreads them so that the slowest stage
+            is as fast as possible, embedding and head counted.
+
+    Raises: PipelineError for numbers that are not positive integers, and for a schedule and
+        ``virtual_stages`` that contradict each other.
     """
 
     microbatches: int = 1
@@ -26,9 +37,21 @@ class Pipeline:
     layers_per_stage: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.microbatches, int) or self.microbatches < 1:
+        for name in ("microbatches", "virtual_stages"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise PipelineError(f"Pipeline({name}={value!r}): give an integer >= 1")
+        if self.schedule == "1f1b" and self.virtual_stages > 1:
             raise PipelineError(
-                f"Pipeline(microbatches={self.microbatches!r}): give an integer >= 1"
+                f"Pipeline(schedule='1f1b', virtual_stages={self.virtual_stages}): 1F1B runs one"
+                " stage on each rank\n"
+                "  options: schedule='interleaved' | virtual_stages=1"
+            )
+        if self.schedule == "interleaved" and self.virtual_stages == 1:
+            raise PipelineError(
+                "Pipeline(schedule='interleaved', virtual_stages=1): with one stage on each rank"
+                " there is nothing to interleave\n"
+                "  options: virtual_stages=2 (or more) | schedule='1f1b'"
             )
 
 
@@ -117,7 +140,7 @@ class Options:
             else context_parallel
         )
         problems = _unknown(cp, pipeline, others) + _data_parallel(sizes, dp)
-        problems += _not_built(sizes, pipeline, others)
+        problems += _not_built(others)
         if problems:
             raise Nemo2Error("parallelize:\n" + "\n".join(f"  {p}" for p in problems))
         return Options(dp, pipeline, cp, sequence_parallel)
@@ -180,14 +203,9 @@ def _data_parallel(sizes: MeshSizes, dp: DataParallel) -> list[str]:
     return problems
 
 
-def _not_built(sizes: MeshSizes, pipeline: Pipeline, others: dict[str, Any]) -> list[str]:
+def _not_built(others: dict[str, Any]) -> list[str]:
     problems = []
     for name, (default, also, works) in _LATER.items():
         if others.get(name, default) not in (default, also):
             problems.append(f"{name}={others[name]!r} is not built yet: {works}")
-    if pipeline.schedule == "interleaved" or pipeline.virtual_stages != 1:
-        problems.append(
-            f"Pipeline(schedule={pipeline.schedule!r}, virtual_stages={pipeline.virtual_stages})"
-            " is not built yet; use schedule='1f1b', virtual_stages=1"
-        )
     return problems

@@ -58,7 +58,7 @@ def parallelize(
     module = model if inplace else _copy_without_parameters(model)
     where = places(module)
     entries = place(planned, model, where, module, groups)
-    runner = StageRunner(module, planned, groups)
+    runner = StageRunner(module, planned, groups, where)
     managed: list[nn.Module] = []
     data = groups.data_mesh
     if planned.options.data_parallel.shards(planned.sizes) > 1:
@@ -79,17 +79,19 @@ def _copy_without_parameters(model: nn.Module) -> nn.Module:
 
 
 def _tie_groups(plan: Plan, groups: MeshGroups) -> dict[str, dist.ProcessGroup]:
-    """Make the groups over which the gradients of parameters tied across stages are summed.
+    """Make the groups over which the gradients of parameters tied across ranks are summed.
 
-    Communication: making groups; the same order on all members.
+    Communication: making groups; the same order on all ranks of the mesh.
     """
-    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
     ties: dict[str, dist.ProcessGroup] = {}
     for param in plan.params:
-        if len(param.stages) > 1 and groups.pp_rank in param.stages:
-            if param.stages not in made:
-                made[param.stages] = stage_group(groups, param.stages)
-            ties[param.name] = made[param.stages]
+        if len(param.ranks) > 1:
+            if param.ranks not in made:
+                made[param.ranks] = stage_group(groups, param.ranks)
+            group = made[param.ranks]
+            if group is not None:
+                ties[param.name] = group
     return ties
 
 

@@ -9,10 +9,15 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Place:
-    """One attribute of one module that holds a parameter, under the parameter's first name."""
+    """One attribute of one module that holds a parameter.
+
+    Attributes:
+        param: the parameter's first name; ``names``: those of this place, several when the
+            module is shared.
+    """
 
     param: str
-    name: str
+    names: tuple[str, ...]
     module: nn.Module
     leaf: str
 
@@ -20,10 +25,14 @@ class Place:
 def places(model: nn.Module) -> tuple[Place, ...]:
     """Return every place of ``model`` that holds a parameter, ties included."""
     first: dict[int, str] = {}
-    found = []
-    for prefix, module in model.named_modules():
+    names: dict[tuple[nn.Module, str], list[str]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
         for leaf, param in module._parameters.items():
             if param is not None:
                 name = f"{prefix}.{leaf}" if prefix else leaf
-                found.append(Place(first.setdefault(id(param), name), name, module, leaf))
-    return tuple(found)
+                first.setdefault(id(param), name)
+                names.setdefault((module, leaf), []).append(name)
+    return tuple(
+        Place(first[id(module._parameters[leaf])], tuple(own), module, leaf)
+        for (module, leaf), own in names.items()
+    )

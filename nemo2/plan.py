@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .edges import check_blocks, context_entries, exits_needed, shared_gathers
@@ -16,13 +16,17 @@ from .lengths import find_lengths
 from .mesh.sizes import MeshSizes
 from .options import Options
 from .pipeline.absent import Absent
+from .pipeline.balance import block_costs
 from .pipeline.microbatch import first_microbatch
 from .pipeline.stages import (
     Crossing,
     StagePlan,
     block_names,
+    block_of,
+    check_microbatches,
     crossings,
     expected_stages,
+    ranks_of,
     split_blocks,
     stage_of,
 )
@@ -43,9 +47,12 @@ class ParamPlan:
     Attributes:
         name: its first name in the unsplit model; ``aliases`` are the names it is tied to.
         shape: global shape; ``local_shape``: of one tensor-parallel rank, before FSDP.
-        tp_dim: dim split over ``tp``, or None; ``dp_dim``: dim that FSDP splits, or None.
+        tp_dim: dim split over ``tp``, or None; ``dp_dim``: dim that FSDP splits, or None when it
+            stays whole (zero-dimensional, or shared by blocks).
+        homes: the stage of each of its names, ``name`` first; ``stages`` are these in order, more
+            than one when it is tied across them; ``ranks`` the pipeline ranks that hold it, the
+            first stage's rank (its *owner*) first.
         parts: sizes of the parts of a fused ``tp_dim``, each split alone, or None.
-        stages: the pipeline stages that hold it; more than one when it is tied across them.
     """
 
     name: str
@@ -56,12 +63,22 @@ class ParamPlan:
     trainable: bool
     tp_dim: int | None
     dp_dim: int | None
-    stages: tuple[int, ...]
+    homes: tuple[int, ...]
+    ranks: tuple[int, ...]
     parts: tuple[int, ...] | None = None
 
     @property
     def tp_layout(self) -> Layout:
         return REPLICATED if self.tp_dim is None else Layout.fused(self.tp_dim, self.parts)
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        return tuple(sorted(set(self.homes)))
+
+    def homes_of(self, names: Iterable[str]) -> frozenset[int]:
+        """Return the stages of a place that has these names."""
+        by_name = dict(zip((self.name, *self.aliases), self.homes, strict=True))
+        return frozenset(by_name[name] for name in names)
 
 
 @dataclass(frozen=True)
@@ -73,7 +90,8 @@ class StepPlan:
         partial: parameters whose gradient is summed over ``tp`` at the end of a step.
         boundaries: what crosses from each stage to the next.
         blocks: what each block returns, for the stages where it is absent.
-        borrowed: parameters used on stages that do not hold them: name -> stages.
+        borrowed: parameters used on stages that do not hold them: name -> stages (the same
+            rank may run a stage that holds them).
         output: per leaf of the step's result, its layout.
     """
 
@@ -104,6 +122,10 @@ class Plan:
 
     def param(self, name: str) -> ParamPlan:
         return next(p for p in self.params if p.name == name)
+
+    def stages_of(self, rank: int) -> tuple[StagePlan, ...]:
+        """Return the stages that a pipeline rank runs: several when they are interleaved."""
+        return tuple(s for s in self.stages if s.rank == rank)
 
 
 def plan(
@@ -137,13 +159,28 @@ def plan(
     resolved = Options.resolve(sizes, **options)
     notes = collect(model)
     blocks = block_names(model, notes.blocks, sizes.pp)
-    stages = split_blocks(len(blocks), sizes.pp, resolved.pipeline.layers_per_stage)
+    if resolved.pipeline.schedule == "interleaved":
+        check_microbatches(resolved.pipeline.microbatches, sizes.pp)
+    costs = block_costs(model, blocks, _tp_size(model, notes.marks, sizes.tp))
+    stages = split_blocks(costs, sizes.pp, resolved.pipeline)
     params = _plan_params(model, notes.marks, notes.aliases, blocks, stages, sizes)
     result = Plan(sizes, resolved, params, blocks, stages)
     if step is not None:
         part = first_microbatch(batch, resolved.pipeline.microbatches)
         result = replace(result, step=plan_step(result, model, step, part))
     return result
+
+
+def _tp_size(
+    model: nn.Module, marks: Mapping[str, tuple[Mark, ...]], degree: int
+) -> Callable[[Tensor], int]:
+    """Return a function of a parameter: how many of its elements one rank has."""
+    split = {
+        id(p)
+        for name, p in model.named_parameters()
+        if any(m.axis == "tp" and m.dim is not None for m in marks[name])
+    }
+    return lambda p: p.numel() // degree if id(p) in split else p.numel()
 
 
 def _plan_params(
@@ -161,7 +198,11 @@ def _plan_params(
         problems += _problems(name, shape, marks[name], sizes)
         by_axis = {m.axis: m for m in marks[name]}
         tp_dim = by_axis["tp"].dim if "tp" in by_axis and sizes.tp > 1 else None
-        dp_dim = by_axis["dp"].dim if "dp" in by_axis else (0 if shape else None)
+        names = (name, *aliases[name])
+        # FSDP2 gathers each block as a unit, and cannot split what several units hold.
+        shared = len({block_of(n, blocks) for n in names}) > 1
+        dp_dim = None if shared or not shape else by_axis["dp"].dim if "dp" in by_axis else 0
+        homes = expected_stages(model, names, blocks, stages)
         plans.append(
             ParamPlan(
                 name,
@@ -172,7 +213,8 @@ def _plan_params(
                 param.requires_grad,
                 tp_dim,
                 dp_dim,
-                expected_stages(model, (name, *aliases[name]), blocks, stages),
+                homes,
+                ranks_of(homes, stages),
                 by_axis["tp"].parts if tp_dim is not None else None,
             )
         )

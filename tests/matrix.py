@@ -1,4 +1,4 @@
-"""The parity matrix: every model on every mesh, data-parallel kind and microbatch count.
+"""The parity matrix: every model on every mesh, data-parallel kind, schedule and microbatch count.
 
 ``python -m tests.matrix`` runs the whole product and writes ``docs/matrix.md``; the tests run
 a covering design in which every pair of options occurs.
@@ -30,6 +30,8 @@ KINDS = {
     "resharding": nemo2.DataParallel("fsdp", reshard=True),
     "hsdp": nemo2.DataParallel("fsdp", replicate=2),  # on dp=4 only
 }
+# with virtual stages and blocks: what interleaves needs more blocks than the models have
+SCHEDULES = (("1f1b", 1, None), ("interleaved", 2, 5))
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ class Cell:
     tp: int
     kind: str
     microbatches: int
+    schedule: str = "1f1b"
+    virtual_stages: int = 1
+    layers: int | None = None
 
     @property
     def world(self) -> int:
@@ -54,7 +59,14 @@ class Cell:
     def __str__(self) -> str:
         return (
             f"{self.model}, dp={self.dp} pp={self.pp} tp={self.tp} {self.kind} x{self.microbatches}"
+            f" {self.schedule}"
         )
+
+    @property
+    def runs(self) -> bool:
+        """Whether the model takes this ``tp``, and Megatron this count in this schedule."""
+        rounds = self.schedule == "1f1b" or (self.pp > 1 and self.microbatches % self.pp == 0)
+        return rounds and self.tp <= ZOO[self.model].max_tp
 
 
 def product(sizes: Sequence[int] = (1, 2)) -> list[Cell]:
@@ -63,8 +75,8 @@ def product(sizes: Sequence[int] = (1, 2)) -> list[Cell]:
         *itertools.product(ZOO, sizes, sizes, sizes, plain, MICROBATCHES),
         *itertools.product(ZOO, [4], sizes, sizes, ["hsdp"], MICROBATCHES),
     ]
-    fits = [c for c in itertools.starmap(Cell, cells) if c.tp <= ZOO[c.model].max_tp]
-    return [c for c in fits if c.world <= 8]
+    found = [Cell(*cell, *how) for cell in cells for how in SCHEDULES]
+    return [c for c in found if c.runs and c.world <= 8]
 
 
 def covering(cells: Sequence[Cell]) -> list[Cell]:
@@ -85,7 +97,7 @@ def check(cells: Sequence[Cell], dtype: torch.dtype, device: str) -> list[tuple[
 
 
 def check_one(cell: Cell, dtype: torch.dtype, device: str) -> tuple[bool, str]:
-    case = ZOO[cell.model]
+    case = ZOO[cell.model] if cell.layers is None else ZOO[cell.model].with_layers(cell.layers)
     report = nemo2.verify(
         case,
         token_ids(cell.dp * cell.microbatches * (2 if cell.microbatches == 1 else 1)),
@@ -95,7 +107,7 @@ def check_one(cell: Cell, dtype: torch.dtype, device: str) -> tuple[bool, str]:
         dtype=dtype,
         rules=case.rules,
         data_parallel=KINDS[cell.kind],
-        pipeline=nemo2.Pipeline(microbatches=cell.microbatches),
+        pipeline=nemo2.Pipeline(cell.microbatches, cell.schedule, cell.virtual_stages),
     )
     return report.ok, str(report)
 
@@ -157,7 +169,9 @@ def write(cells: Sequence[Cell], failed: Sequence[Cell], minutes: float) -> None
         "",
         "Each entry: cells equal / cells, over the kinds of data parallelism (ddp, zero1, fsdp,"
         " fsdp",
-        "that reshards; on dp=4 hybrid shard with 2 replicas) and 1, 2, 5 and 8 microbatches.",
+        "that reshards; on dp=4 hybrid shard with 2 replicas) and 1, 2, 5 and 8 microbatches, and"
+        " with pp2 over",
+        "1F1B and, with 2 and 8 microbatches, interleaved 1F1B (2 virtual stages).",
         "",
     ]
     meshes = sorted({(c.dp, c.pp, c.tp) for c in cells})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -106,12 +106,12 @@ class Skip(nn.Module):
     ends: both are lent to the stage that does not hold them.
     """
 
-    def __init__(self, *, glue: bool) -> None:
+    def __init__(self, layers: int = 5, *, glue: bool) -> None:
         super().__init__()
         self.glue = glue
         self.head, self.embed = nn.Linear(WIDTH, VOCAB), nn.Embedding(VOCAB, WIDTH)
         self.scale = nn.Parameter(torch.tensor(0.7))
-        self.layers = nn.ModuleList([SkipBlock() for _ in range(5)])
+        self.layers = nn.ModuleList([SkipBlock() for _ in range(layers)])
         shard(self.layers, "pp")
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -125,12 +125,12 @@ class Skip(nn.Module):
 class Encoder(nn.Module):
     """torch's own encoder with a head; its masks and shapes are torch's business."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 3) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, WIDTH)
         layer = nn.TransformerEncoderLayer(WIDTH, 4, 64, dropout=0.0, batch_first=True)
         self.encoder = nn.TransformerEncoder(
-            layer, 3, norm=nn.LayerNorm(WIDTH), enable_nested_tensor=False
+            layer, layers, norm=nn.LayerNorm(WIDTH), enable_nested_tensor=False
         )
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
         shard(self.encoder.layers, "pp")
@@ -187,9 +187,9 @@ class FusedBlock(nn.Module):
 class Fused(GPT):
     """A GPT of fused blocks."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 3) -> None:
         super().__init__(layers=0)
-        self.layers.extend(FusedBlock() for _ in range(3))
+        self.layers.extend(FusedBlock() for _ in range(layers))
 
 
 def next_token(model: nn.Module, ids: Tensor) -> Tensor:
@@ -231,14 +231,14 @@ GPT2 = {
 }
 
 
-def llama(*, tied: bool = False, heads: int = 4, kv_heads: int = 2) -> nn.Module:
+def llama(layers: int = 3, *, tied: bool = False, heads: int = 4, kv_heads: int = 2) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=WIDTH,
         intermediate_size=64,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=32,
@@ -247,13 +247,13 @@ def llama(*, tied: bool = False, heads: int = 4, kv_heads: int = 2) -> nn.Module
     return LlamaForCausalLM(config)
 
 
-def gpt2() -> nn.Module:
+def gpt2(layers: int = 3) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     nothing = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     config = GPT2Config(
-        vocab_size=VOCAB, n_positions=16, n_embd=WIDTH, n_layer=3, n_head=4, **nothing, **ends
+        vocab_size=VOCAB, n_positions=16, n_embd=WIDTH, n_layer=layers, n_head=4, **nothing, **ends
     )
     return GPT2LMHeadModel(config)
 
@@ -271,11 +271,14 @@ class Case:
     def __call__(self) -> nn.Module:
         return self.build(**self.how)
 
+    def with_layers(self, layers: int) -> Case:
+        return replace(self, how={**self.how, "layers": layers})
 
-def example_gpt() -> nn.Module:
+
+def example_gpt(layers: int = 3) -> nn.Module:
     from examples import gpt
 
-    return gpt.GPT(gpt.GPTConfig(vocab=VOCAB, width=WIDTH, heads=4, layers=3, length=16))
+    return gpt.GPT(gpt.GPTConfig(vocab=VOCAB, width=WIDTH, heads=4, layers=layers, length=16))
 
 
 ZOO: dict[str, Case] = {

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo2.pipeline.boundary import Boundary, TensorSpec
-from nemo2.pipeline.megatron import run_schedule
+from nemo2.pipeline.megatron import Chunk, run_schedule
 
 Tensors = tuple[Tensor, ...]
 
@@ -29,7 +29,8 @@ class Stage(nn.Module):
         self.kind, self.index = kind, index
         self.a, self.b = (nn.Linear(6, 6, dtype=torch.float64) for _ in range(2))
         self.to(device)
-        if kind == "frozen" and index < min(2, size - 1):
+        frozen = {"frozen": range(min(2, size - 1)), "frozen middle": range(1, size - 1)}
+        if index in frozen.get(kind, ()):
             self.requires_grad_(False)
 
     def start(self, microbatch: int) -> Tensors:
@@ -134,6 +135,7 @@ KINDS: dict[str, Callable[[Stage, Tensors], Tensors]] = {
     "empty": empty,
     "integers": integers,
     "frozen": one,
+    "frozen middle": one,
     "unused": one,
 }
 
@@ -159,13 +161,14 @@ def spec(tensor: Tensor) -> TensorSpec:
 
 
 class Setup:
-    """Every rank builds all stages and knows the boundaries; ``run`` runs its own stage."""
+    """Every rank builds all stages and knows the boundaries; ``run`` runs its own stages."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, virtual_stages: int = 1) -> None:
         self.size = dist.get_world_size()
         self.rank = dist.get_rank()
         self.device = "cuda" if torch.cuda.is_initialized() else "cpu"
-        self.stages = [Stage(kind, i, self.size, self.device) for i in range(self.size)]
+        count = self.size * virtual_stages
+        self.stages = [Stage(kind, i, count, self.device) for i in range(count)]
         self.boundaries: list[Boundary] = []
         values: Tensors = ()
         for stage in self.stages[:-1]:
@@ -173,11 +176,11 @@ class Setup:
             self.boundaries.append(Boundary(tuple(spec(v) for v in values)))
 
     @property
-    def own(self) -> Stage:
-        return self.stages[self.rank]
+    def own(self) -> nn.ModuleList:
+        return nn.ModuleList(self.stages[self.rank :: self.size])
 
     def reference(self, microbatches: int) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Return the losses and this stage's gradients of the unsplit program."""
+        """Return the losses and this rank's gradients of the unsplit program."""
         losses = []
         for microbatch in range(microbatches):
             values: Tensors = ()
@@ -194,18 +197,22 @@ class Setup:
         self,
         microbatches: int,
         before: Callable[[int], None] = lambda microbatch: None,
-        program: Any = None,
+        make: Callable[..., Any] = Program,
         **options: Any,
     ) -> list[Any]:
-        last = self.rank == self.size - 1
+        chunks = []
+        for stage in self.stages[self.rank :: self.size]:
+            last = stage is self.stages[-1]
+            incoming = self.boundaries[stage.index - 1] if stage.index else None
+            outgoing = None if last else self.boundaries[stage.index]
+            chunks.append(Chunk(make(stage, last, before), incoming, outgoing))
+        defaults = {"forward_only": False, "pp_group": dist.group.WORLD}
         return run_schedule(
-            program or Program(self.own, last, before),
+            chunks,
             microbatches=microbatches,
-            pp_group=dist.group.WORLD,
             pp_rank=self.rank,
             pp_size=self.size,
             device=torch.device(self.device),
-            incoming=self.boundaries[self.rank - 1] if self.rank else None,
-            outgoing=None if last else self.boundaries[self.rank],
-            **{"forward_only": False, **options},
+            schedule="interleaved" if len(chunks) > 1 else "1f1b",
+            **defaults | options,
         )

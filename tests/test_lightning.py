@@ -20,6 +20,7 @@ from tests.lightning_programs import VOCABULARY, Lit, data, fit, trainer
 from tests.pool import Pool
 
 TWO = nemo2.Pipeline(microbatches=2)
+INTERLEAVED = nemo2.Pipeline(2, "interleaved", 2)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,7 @@ MESHES = [
     ({"dp": 2, "tp": 2, "data_parallel": "ddp", "pipeline": TWO}, 4),
     ({"dp": 2, "tp": 2, "data_parallel": "zero1", "pipeline": TWO}, 4),
     ({"pp": 2, "tp": 2, "pipeline": TWO}, 8),
+    ({"pp": 2, "tp": 1, "pipeline": INTERLEAVED}, 4),
 ]
 
 
@@ -100,6 +102,23 @@ class Sums(Lit):
 
 def sums(folder: str, strategy: dict[str, Any] | None, **options: Any) -> dict[str, Any]:
     return fit(folder, strategy, build=Sums, **options)
+
+
+class Early(Sums):
+    """Logs before it calls the model, where every stage comes by."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("early", float(len(batch[0])), reduce_fx="sum", on_step=True)
+        return super().training_step(batch, batch_idx)
+
+
+def early(folder: str, strategy: dict[str, Any] | None, **options: Any) -> dict[str, Any]:
+    return fit(folder, strategy, build=Early, **options)
+
+
+def test_what_is_logged_before_the_model_counts_once(pool: Pool, tmp_path: Path) -> None:
+    got = pool.run(2, early, str(tmp_path), {"pp": 2, "pipeline": INTERLEAVED}, devices=2)
+    assert [rank["fitted"]["early"] for rank in got] == [8, 8]
 
 
 def test_sums_are_logged_over_the_whole_batch(pool: Pool, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_tables():
         "tp: Shard(0), dp: Shard(0)",
         "(48, 32)",
         "tied to head.weight",
-        "layers.0 .. layers.1 (2)",
+        "0      0     layers.0 .. layers.1 (2)",
         "0 -> 1  layers.1[0]",
         "all-reduce of tied gradient",
         "reduce-scatter of gradients",
@@ -58,6 +58,52 @@ def test_tables():
     ):
         assert part in text, text
     assert nemo2.explain(plan) == text
+
+
+def test_stages_of_interleaved_ranks():
+    how = nemo2.Pipeline(4, "interleaved", 2)
+    model = GPT(5, tied=True)
+    plan = nemo2.plan(model, "pp=2", step=next_token, batch=token_ids(4), pipeline=how)
+    assert [(s.index, s.rank, s.first, s.last) for s in plan.stages] == [
+        (0, 0, 0, 0),
+        (1, 1, 1, 2),
+        (2, 0, 3, 3),
+        (3, 1, 4, 4),
+    ]
+    tied = plan.param("embed.weight")
+    assert (tied.homes, tied.stages, tied.ranks) == ((0, 3), (0, 3), (0, 1))
+    assert plan.param("layers.3.up.weight").ranks == (0,)
+    text = str(plan)
+    for part in (
+        "schedule=interleaved, virtual_stages=2",
+        "stage  rank  chunk  blocks",
+        "1      1     0      layers.1 .. layers.2 (2)",
+        "2      0     1      layers.3 .. layers.3 (1)",
+        "2 -> 3  layers.3[0]",
+    ):
+        assert part in text, text
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_microbatches_that_do_not_fill_rounds_are_refused(count):
+    how = nemo2.Pipeline(count, "interleaved", 2)
+    with pytest.raises(PipelineError, match=r"no multiple of 2\n  options: microbatches in \[\d"):
+        nemo2.plan(GPT(4), "pp=2", pipeline=how)
+    assert len(nemo2.plan(GPT(4), "pp=1", pipeline=how).stages) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"virtual_stages": 2}, "1F1B runs one stage on each rank\n  options: schedule='inter"),
+        ({"schedule": "interleaved"}, "nothing to interleave\n  options: virtual_stages=2"),
+        ({"virtual_stages": 0}, r"virtual_stages=0\): give an integer >= 1"),
+        ({"virtual_stages": 1.5}, r"virtual_stages=1.5\): give an integer >= 1"),
+    ],
+)
+def test_a_schedule_and_virtual_stages_that_contradict_each_other_are_refused(options, part):
+    with pytest.raises(PipelineError, match=part):
+        nemo2.Pipeline(**options)
 
 
 def test_lent_parameters_are_named():
@@ -102,7 +148,7 @@ def test_all_problems_at_once():
         ({"data_parallel": nemo2.DataParallel("ddp", reshard=True)}, "'ddp' gathers nothing"),
         ({"data_parallel": nemo2.DataParallel("zero1", reshard=True)}, "use 'fsdp' to free them"),
         ({"data_parallel": "zero"}, "'zero' is unknown; kinds: ddp, zero1, fsdp"),
-        ({"pipeline": nemo2.Pipeline(schedule="interleaved", virtual_stages=2)}, "interleaved"),
+        ({"pipeline": nemo2.Pipeline(schedule="zigzag")}, "'zigzag' is unknown; schedules: 1f1b"),
         ({"context_parallel": "rings"}, "'rings' is unknown"),
         ({"tensor": 2}, "unknown option 'tensor'"),
     ],
@@ -116,20 +162,23 @@ def test_options_that_do_not_work_say_so(options, part):
 def test_what_is_not_built_is_listed_together():
     with pytest.raises(Nemo2Error, match=r"(?s)remat.*compile"):
         nemo2.plan(GPT(), "cp=2", remat="full", compile=True)
-    model = nn.Linear(4, 8)
-    shard(model.weight, "tp", dim=0, parts=(4, 4))
-    with pytest.raises(ShardingError, match="fused projections are not built yet"):
+
+
+def test_parts_that_do_not_divide():
+    model = nn.Linear(4, 9)
+    shard(model.weight, "tp", dim=0, parts=(4, 4, 1))
+    with pytest.raises(ShardingError, match=r"parts=\(4, 4, 1\) on tp=2: 1 % 2 = 1"):
         nemo2.plan(model, "tp=2")
 
 
 def test_stages():
-    assert [s.count for s in split_blocks(5, 2, None)] == [3, 2]
-    assert [s.count for s in split_blocks(7, 4, None)] == [2, 2, 2, 1]
-    assert [s.count for s in split_blocks(5, 2, (1, 4))] == [1, 4]
+    given = split_blocks([1] * 5, 2, nemo2.Pipeline(layers_per_stage=(1, 4)))
+    assert [(s.first, s.last, s.rank) for s in given] == [(0, 0, 0), (1, 4, 1)]
     with pytest.raises(PipelineError, match=r"cannot split 3 blocks over pp=4.*pp in \[1, 2, 3\]"):
         _flat(lambda: nemo2.plan(GPT(), "pp=4"))
-    with pytest.raises(PipelineError, match="does not fit 3 blocks"):
-        nemo2.plan(GPT(), "pp=2", pipeline=nemo2.Pipeline(layers_per_stage=(2, 2)))
+    for given in ((2, 2), (1, 1, 1), (3, 0), ()):
+        with pytest.raises(PipelineError, match=r"does not fit 3 blocks.*\n.*2 numbers >= 1 whose"):
+            nemo2.plan(GPT(), "pp=2", pipeline=nemo2.Pipeline(layers_per_stage=given))
     with pytest.raises(PipelineError, match="no list of blocks is annotated"):
         nemo2.plan(nn.Linear(2, 2), "pp=2")
 

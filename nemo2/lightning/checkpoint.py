@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from ..errors import CheckpointError
 from ..model import ParallelModel
+from ..pipeline.stages import stage_of
 from ..sharding.storage import Entry, local_of
 
 METADATA = "meta.pt"  # the names that Lightning's own sharded checkpoints use
@@ -35,7 +36,7 @@ def model_state(parallel: ParallelModel) -> dict[str, Tensor]:
     """Return name -> tensor of the parameters and buffers that this rank's stage owns."""
     here = parallel.groups.pp_rank
     state: dict[str, Tensor] = {
-        e.name: e.view.detach() for e in parallel.storage if here == min(e.plan.stages)
+        e.name: e.view.detach() for e in parallel.storage if here == e.plan.ranks[0]
     }
     return state | {n: b for n, b in _buffers(parallel).items() if _owner(parallel, n) == here}
 
@@ -47,7 +48,7 @@ def optimizer_state(
     optimizer = _plain(optimizer)
     state = {}
     for entry in _entries(parallel, optimizer):
-        if parallel.groups.pp_rank == min(entry.plan.stages):
+        if parallel.groups.pp_rank == entry.plan.ranks[0]:
             state[entry.name] = dict(optimizer.state.get(entry.view, {}))
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     return {"state": state, "param_groups": groups}
@@ -270,11 +271,11 @@ def _buffers(parallel: ParallelModel) -> dict[str, Tensor]:
 
 
 def _owner(parallel: ParallelModel, buffer: str) -> int:
-    """Return the stage whose copy of a buffer counts: that of its block or of its siblings."""
+    """Return the pipeline rank whose copy of a buffer counts: its block's or its siblings'."""
     plan = parallel.plan
     for i, block in enumerate(plan.blocks):
         if buffer.startswith(block + "."):
-            return next(s.index for s in plan.stages if s.first <= i <= s.last)
+            return plan.stages[stage_of(i, plan.stages)].rank
     parent = buffer.rpartition(".")[0]
-    near = [min(p.stages) for p in plan.params if p.name.rpartition(".")[0] == parent]
-    return min(near, default=0)
+    near = [p.stages[0] for p in plan.params if p.name.rpartition(".")[0] == parent]
+    return plan.stages[min(near, default=0)].rank

@@ -59,17 +59,20 @@ class LogCapture:
     @contextmanager
     def microbatch(self) -> Iterator[None]:
         """Run the user's step once; when it is only planned, nothing that it changes stays."""
-        self._planning = self.parallel.runner.passage is None
+        runner = self.parallel.runner
+        self._planning = runner.passage is None
+        unseen = self._planning or not runner.at_end  # an earlier stage reaches only a part of it
         self.microbatches.append([])
         attributes = self.module.__dict__
         attributes.update(log=self._log, print=self._print)
         before = _own_state(self.module) if self._planning else {}
         try:
-            with self.metrics.quiet(self._planning):
+            with self.metrics.quiet(skip=unseen):
                 yield
         finally:
-            if self._planning:
+            if unseen:
                 self.microbatches.pop()
+            if self._planning:
                 _put_back(self.module, before)
             for name in ("log", "print"):
                 attributes.pop(name, None)

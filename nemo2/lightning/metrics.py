@@ -38,9 +38,12 @@ class Metrics:
         return next((MetricName(n) for n, m in self.by_name.items() if m is metric), None)
 
     @contextmanager
-    def quiet(self, planning: bool) -> Iterator[None]:
-        """Keep what metrics compute out of the step's plan; when planning, skip it."""
-        saved = {n: _wrap(m, planning) for n, m in self.by_name.items()}
+    def quiet(self, skip: bool) -> Iterator[None]:
+        """Keep what metrics compute out of the step's plan, or skip it.
+
+        It is skipped when a step is planned, and on stages that the last one's state replaces.
+        """
+        saved = {n: _wrap(m, skip) for n, m in self.by_name.items()}
         try:
             yield
         finally:
@@ -85,7 +88,7 @@ def _take(metric: Metric, state: Mapping[str, Any], device: torch.device) -> Non
     metric._computed = None
 
 
-def _wrap(metric: Metric, planning: bool) -> dict[str, Any]:
+def _wrap(metric: Metric, skip: bool) -> dict[str, Any]:
     own = {name: metric.__dict__.get(name) for name in _CALLS}
     for name in _CALLS:
         original = getattr(metric, name)
@@ -95,7 +98,7 @@ def _wrap(metric: Metric, planning: bool) -> dict[str, Any]:
                 lambda x: constrain(x, None) if isinstance(x, Tensor) else x, (args, kwargs)
             )
             with suspended():
-                return torch.zeros(()) if planning else _original(*args, **kwargs)
+                return torch.zeros(()) if skip else _original(*args, **kwargs)
 
         metric.__dict__[name] = call
     return own

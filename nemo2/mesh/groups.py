@@ -101,18 +101,21 @@ def new_group(ranks: Sequence[int]) -> ProcessGroup | None:
     return cast("ProcessGroup", group)
 
 
-def stage_group(groups: MeshGroups, stages: Sequence[int]) -> ProcessGroup:
-    """Return the group of this rank's counterparts on ``stages``, which include its own.
+def stage_group(groups: MeshGroups, ranks: Sequence[int]) -> ProcessGroup | None:
+    """Return the group of this rank's counterparts on pipeline ``ranks``; None on other ranks.
 
-    Communication: making a group, unless it is that of all stages: see ``new_group``.
+    All ranks of the mesh call it, with the same ``ranks``.
+
+    Communication: making a group, unless it is that of the whole pipeline.
     """
-    if len(stages) == groups.sizes.pp:
-        # Not only cheaper: torch names a group of the whole world by a counter that differs
-        # between ranks once some of them are in groups that others are not in.
+    if len(ranks) == groups.sizes.pp:
         return groups.pp
-    group = new_group([dist.get_global_rank(groups.pp, stage) for stage in stages])
-    assert group is not None
-    return group
+    # torch names a group by its ranks and the number of groups that a rank is in. So that members
+    # agree on the name of this one and of later ones, the others make a group of themselves.
+    inside = groups.pp_rank in ranks
+    members = [r for r in range(groups.sizes.pp) if (r in ranks) == inside]
+    group = new_group([dist.get_global_rank(groups.pp, r) for r in members])
+    return group if inside else None
 
 
 def replica_mesh(groups: MeshGroups, replicate: int) -> DeviceMesh:

@@ -1,4 +1,4 @@
-"""One pipeline stage between its program and a schedule: what it runs, sends and receives.
+"""Pipeline stages between their programs and a schedule: what each runs, sends and receives.
 
 Nothing here imports Megatron; ``megatron.py`` puts these under its schedules.
 """
@@ -6,7 +6,7 @@ Nothing here imports Megatron; ``megatron.py`` puts these under its schedules.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -39,6 +39,18 @@ class StageProgram(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """One stage that a rank runs: its program, and what crosses its two ends.
+
+    ``incoming`` is None for the first stage of the model, ``outgoing`` for the last.
+    """
+
+    program: StageProgram
+    incoming: Boundary | None
+    outgoing: Boundary | None
+
+
 LossFunction = Callable[[Tensor], tuple[Tensor, int, Any]]
 
 
@@ -51,14 +63,15 @@ class Stage:
     """
 
     program: StageProgram
-    device: torch.device
-    rank: int
     incoming: Boundary | None
     outgoing: Boundary | None
+    index: int
+    device: torch.device
     forward_only: bool
     arrived: deque[Parcel] = field(default_factory=deque)
     to_send: deque[Parcel] = field(default_factory=deque)
     microbatch: int = 0
+    requires_grad: bool = False  # whether the last output will be differentiated
 
     def forward(self) -> tuple[Tensor, LossFunction]:
         """Run the program on the next microbatch; return what is differentiated, and how."""
@@ -72,8 +85,9 @@ class Stage:
         if not isinstance(output, tuple):
             output = (output,)
         training = not self.forward_only
-        self.outgoing.check(output, f"pipeline stage {self.rank}", training=training)
+        self.outgoing.check(output, f"pipeline stage {self.index}", training=training)
         parcel = pack(self.outgoing, output, self.device)
+        self.requires_grad = parcel.buffer is not None and parcel.buffer.requires_grad
         self.to_send.append(parcel)
         return self._nothing() if parcel.buffer is None else parcel.buffer, _no_loss
 
@@ -86,6 +100,7 @@ class Stage:
                 f"the last pipeline stage must return a scalar to differentiate, got {got}\n"
                 "  options: loss.mean() | loss.sum()"
             )
+        self.requires_grad = output.requires_grad
         logged = output.detach().clone()
         # Three values with a count of 1: Megatron then divides by nothing. Cloned because it
         # empties the tensors that it has differentiated, and refuses views.
@@ -98,14 +113,14 @@ class Stage:
     def receive_forward(self) -> Parcel | None:
         return None if self.incoming is None else Parcel.empty(self.incoming, self.device)
 
-    def keep(self, parcel: Parcel | None) -> list[Tensor | None]:
-        """Store an arrived parcel; return the leaf that will hold the gradient to send back."""
+    def keep(self, parcel: Parcel | None) -> Tensor | None:
+        """Store a parcel that arrives; return the leaf that will hold the gradient to send back."""
         if parcel is None:
-            return [None]
+            return None
         self.arrived.append(parcel)
         if self.forward_only or parcel.buffer is None:
-            return [None]
-        return [parcel.buffer.requires_grad_()]
+            return None
+        return parcel.buffer.requires_grad_()
 
     def receive_backward(self) -> Tensor | None:
         if self.outgoing is None or not self.outgoing.buffer_numel:
@@ -135,10 +150,16 @@ class Exchange:
     batched communicator does; so NCCL runs them in one group and gloo in any order.
     """
 
-    stage: Stage
     pp_group: ProcessGroup
     prev_rank: int
     next_rank: int
+
+    def serve(self, stage: Stage) -> None:
+        """Prepare for one run."""
+        self.stage = stage
+
+    def finish(self) -> None:
+        """Nothing is under way: each call waits for what it has started."""
 
     def recv_forward(self, shapes: Any, is_first_stage: bool) -> list[Tensor | None]:
         return self._with_previous(None, receive=True)
@@ -173,7 +194,7 @@ class Exchange:
         for tag, message in parcel.messages() if parcel is not None else []:
             ops.append(self._op(dist.irecv, message, self.prev_rank, tag))
         _wait(ops)
-        return self.stage.keep(parcel)
+        return [self.stage.keep(parcel)]
 
     def _with_next(self, *, send: bool, receive: bool) -> list[Tensor | None]:
         ops = []
@@ -194,3 +215,129 @@ def _wait(ops: list[dist.P2POp]) -> None:
     if ops:
         for work in dist.batch_isend_irecv(ops):
             work.wait()
+
+
+class Transfer:
+    """Sends or receives under way; to wait for it again does nothing."""
+
+    def __init__(self, works: list[Any]) -> None:
+        self.works = works
+
+    def wait(self) -> None:
+        works, self.works = self.works, []
+        for work in works:
+            work.wait()
+
+
+Message = tuple[int, Tensor]
+
+
+class InterleavedExchange:
+    """The methods of Megatron's communicator that interleaved 1F1B calls, with overlap.
+
+    Mixed in like ``Exchange``, for ranks that run several stages. A call starts its sends and
+    receives one by one and hands out what to wait for, so that they run beside the computation.
+    NCCL runs those between two ranks in the order in which they were started, so both must start
+    them in the same order: Megatron's order of calls, and even ranks send before they receive.
+    """
+
+    pp_group: ProcessGroup
+    prev_rank: int
+    next_rank: int
+
+    def serve(self, stages: Sequence[Stage], order: Sequence[int]) -> None:
+        """Prepare for one run; ``order`` is which of ``stages`` each forward step runs.
+
+        Backward steps run them in the mirrored order.
+        """
+        forward, backward = [stages[i] for i in order], [stages[-1 - i] for i in order]
+        self.stages, self.steps = stages, len(order)
+        self.receiving: Iterator[Stage] = iter([s for s in forward if s.incoming is not None])
+        self.returning: Iterator[Stage] = iter([s for s in backward if s.outgoing is not None])
+        self.differentiated: Iterator[Stage] = iter(backward)
+        self.ahead = True  # no gradient has been asked for or sent
+        self.under_way: list[Transfer] = []
+
+    def finish(self) -> None:
+        """Wait for the sends that the schedule does not wait for."""
+        for transfer in self.under_way:
+            transfer.wait()
+
+    def recv_forward(self, shape: Any, is_first_stage: bool) -> Tensor | None:
+        received, _ = self._forward(None, not is_first_stage, wait=True)
+        return received
+
+    def send_forward_recv_forward(
+        self,
+        output: Tensor | None,
+        recv_prev: bool,
+        tensor_shape: Any,
+        overlap_p2p_comm: bool = False,
+    ) -> Any:
+        received, transfers = self._forward(output, recv_prev, wait=not overlap_p2p_comm)
+        return (received, transfers) if overlap_p2p_comm else received
+
+    def recv_backward(self, shape: Any, is_last_stage: bool) -> Tensor | None:
+        received, _ = self._backward([], not is_last_stage, wait=True)
+        return received
+
+    def send_backward_recv_backward(
+        self,
+        input_tensor_grad: Tensor | None,
+        recv_next: bool,
+        tensor_shape: Any,
+        overlap_p2p_comm: bool = False,
+    ) -> Any:
+        # A gradient of None is one that does not exist (zeros travel), but for the call ahead of
+        # the first backward, which only receives, and is left out if all forwards came before.
+        ahead = self.ahead and sum(s.microbatch for s in self.stages) < self.steps
+        self.ahead = False
+        gradient = None if ahead else next(self.differentiated).send_backward(input_tensor_grad)
+        messages = [] if gradient is None else [(_GRADIENT_TAG, gradient)]
+        received, transfers = self._backward(messages, recv_next, wait=not overlap_p2p_comm)
+        return (received, transfers) if overlap_p2p_comm else received
+
+    def _forward(
+        self, output: Tensor | None, receive: bool, *, wait: bool
+    ) -> tuple[Tensor | None, dict[str, Transfer]]:
+        sender = None if output is None else next(s for s in self.stages if s.to_send)
+        stage = next(self.receiving) if receive else None
+        parcel = None if stage is None else stage.receive_forward()
+        send = [] if sender is None else sender.to_send.popleft().messages()
+        arriving = [] if parcel is None else parcel.messages()
+        transfers = self._start(send, self.next_rank, arriving, self.prev_rank, wait)
+        named = {"send_next": transfers[0]} if sender is not None else {}
+        if stage is None:
+            return None, named
+        return stage.keep(parcel), named | {"recv_prev": transfers[1]}
+
+    def _backward(
+        self, send: list[Message], receive: bool, *, wait: bool
+    ) -> tuple[Tensor | None, dict[str, Transfer]]:
+        gradient = next(self.returning).receive_backward() if receive else None
+        arriving = [] if gradient is None else [(_GRADIENT_TAG, gradient)]
+        transfers = self._start(send, self.prev_rank, arriving, self.next_rank, wait)
+        named = {"send_prev": transfers[0]} if send else {}
+        # Named also when nothing arrives: Megatron takes one for each gradient, in order.
+        return gradient, named | ({"recv_next": transfers[1]} if receive else {})
+
+    def _start(
+        self, send: list[Message], to: int, receive: list[Message], source: int, wait: bool
+    ) -> tuple[Transfer, Transfer]:
+        """Start sends and receives; return what to wait for, unless it is waited for here."""
+
+        def sends() -> Transfer:
+            return Transfer([dist.isend(x, to, self.pp_group, tag) for tag, x in send])
+
+        def receives() -> Transfer:
+            return Transfer([dist.irecv(x, source, self.pp_group, tag) for tag, x in receive])
+
+        if self.pp_group.rank() % 2 == 0:
+            sent, received = sends(), receives()
+        else:
+            received, sent = receives(), sends()
+        if wait:
+            sent.wait()
+            received.wait()
+        self.under_way = [t for t in (*self.under_way, sent) if t.works]
+        return sent, received

@@ -1,14 +1,15 @@
 """The adapter to Megatron's pipeline schedules: the only file that imports megatron.
 
-``run_schedule`` runs a stage program in megatron-core's own ``forward_backward_no_pipelining`` (one
-stage) or 1F1B, with our communicator, which knows the planned boundaries, and explicit process
-groups: ``megatron.core.parallel_state`` stays uninitialised. Megatron is imported at the first run.
+``run_schedule`` runs stage programs in megatron-core's own ``forward_backward_no_pipelining`` (one
+rank), 1F1B or interleaved 1F1B, with our communicators, which know the planned boundaries, and
+explicit process groups: ``megatron.core.parallel_state`` stays uninitialised. Megatron is imported
+at the first run.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -16,18 +17,28 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode
 
 from nemo2.errors import PipelineError
-from nemo2.pipeline.boundary import Boundary
-from nemo2.pipeline.exchange import Exchange, LossFunction, Stage, StageProgram
+from nemo2.pipeline.exchange import (
+    Chunk,
+    Exchange,
+    InterleavedExchange,
+    LossFunction,
+    Stage,
+    StageProgram,
+)
+from nemo2.pipeline.stages import check_microbatches
 
-__all__ = ["SCHEDULES", "Groups", "StageProgram", "run_schedule"]
+__all__ = ["SCHEDULES", "Chunk", "Groups", "StageProgram", "run_schedule"]
 
-# What Megatron calls each schedule when there is more than one stage.
-SCHEDULES = {"1f1b": "forward_backward_pipelining_without_interleaving"}
+# What Megatron calls each schedule when there is more than one rank.
+SCHEDULES = {
+    "1f1b": "forward_backward_pipelining_without_interleaving",
+    "interleaved": "forward_backward_pipelining_with_interleaving",
+}
 _ONE_STAGE = "forward_backward_no_pipelining"
 
 
@@ -45,15 +56,13 @@ class Groups:
 
 
 def run_schedule(
-    program: StageProgram,
+    chunks: Sequence[Chunk],
     *,
     microbatches: int,
     pp_group: ProcessGroup | None,
     pp_rank: int,
     pp_size: int,
     device: torch.device,
-    incoming: Boundary | None,
-    outgoing: Boundary | None,
     forward_only: bool,
     no_sync: Callable[[], AbstractContextManager[Any]] | None = None,
     groups: Groups | None = None,
@@ -63,64 +72,79 @@ def run_schedule(
 
     In training each ``.grad`` gains the sum over microbatches of the derivative of the program's
     scalar: not divided by any count, not multiplied by the context-parallel degree. Grad mode is
-    the caller's. An exception of the program leaves unchanged; the other stages are left waiting.
+    the caller's. An exception of a program leaves unchanged; the other ranks are left waiting.
 
     Args:
-        microbatches: how many; may be fewer than the stages. The same on every stage.
-        pp_group: the stages in order; None when ``pp_size`` is 1.
+        chunks: the stages of this rank: one, or with "interleaved" stages ``pp_rank``,
+            ``pp_rank + pp_size``, ... of ``len(chunks) * pp_size``.
+        microbatches: how many; the same on every rank. With 1F1B it may be fewer than the
+            stages; interleaved it must be a multiple of ``pp_size``.
+        pp_group: the ranks in order; None when ``pp_size`` is 1.
         device: where the boundary tensors live.
-        incoming, outgoing: what the previous stage sends, None on the first stage, and what the
-            next stage receives, None on the last.
         no_sync: entered around everything but the last backward, to keep data-parallel gradient
             reduction out of it. Not when forward only.
-        schedule: a key of SCHEDULES; ignored with one stage.
+        schedule: a key of SCHEDULES; ignored with one rank.
 
     Returns:
-        On the last stage one entry per microbatch: a detached copy of the scalar, or the object
+        On the last rank one entry per microbatch: a detached copy of the scalar, or the object
         itself when forward only. [] elsewhere.
 
     Communication: per boundary and microbatch one send forward (two where tensors without
     gradient go beside those with), and in training one back if any tensor requires grad.
+    Interleaved, they overlap with the computation.
     Raises: PipelineError for counts, schedules or program outputs that do not fit.
-    Source: 1F1B is PipeDream-Flush, section 2.2.1 of arXiv:2104.04473.
+    Source: 1F1B is PipeDream-Flush, section 2.2.1 of arXiv:2104.04473; interleaved 2.2.2.
     """
-    _check(microbatches, schedule)
-    assert (pp_rank == 0) == (incoming is None), "the first stage alone has no incoming boundary"
-    assert (pp_rank == pp_size - 1) == (outgoing is None), "the last stage alone sends nothing on"
+    _check(microbatches, schedule, pp_size)
+    count = len(chunks) * pp_size
+    assert count == pp_size or (schedule == "interleaved" and pp_size > 1)
+    stages = []
+    for i, chunk in enumerate(chunks):
+        index = i * pp_size + pp_rank
+        assert (index == 0) == (chunk.incoming is None), "only the first stage receives nothing"
+        assert (index == count - 1) == (chunk.outgoing is None), "only the last sends nothing on"
+        parts = (chunk.program, chunk.incoming, chunk.outgoing)
+        stages.append(Stage(*parts, index, device, forward_only))
     megatron = _load()
-    quiet = _Quiet(None if forward_only else no_sync)
-    config = _config(megatron, pp_size, incoming, quiet)
-    stage = Stage(program, device, pp_rank, incoming, outgoing, forward_only)
+    quiet = _Quiet(None if forward_only else no_sync, stages)
+    config = _config(megatron, pp_size, stages, quiet)
+    communicator = None
     if pp_size > 1:
         assert pp_group is not None
         assert (pp_group.rank(), pp_group.size()) == (pp_rank, pp_size)
-    return _execute(
+        communicator = _communicator(megatron, pp_group, config, stages, microbatches)
+    results = _execute(
         getattr(megatron.schedules, SCHEDULES[schedule] if pp_size > 1 else _ONE_STAGE),
-        stage,
+        [_Model(config, megatron.model_type, stage) for stage in stages],
         quiet,
-        model=_Chunk(config, megatron.model_type),
         num_microbatches=microbatches,
-        p2p_communicator=_communicator(megatron, pp_group if pp_size > 1 else None, config, stage),
+        p2p_communicator=communicator,
         pg_collection=_collection(megatron, pp_group, groups or Groups()),
     )
+    if communicator is not None:
+        communicator.finish()
+    return results
 
 
 def _execute(
-    function: Callable[..., list[Any]], stage: Stage, quiet: _Quiet, **arguments: Any
+    function: Callable[..., list[Any]], models: list[_Model], quiet: _Quiet, **arguments: Any
 ) -> list[Any]:
     """Call a schedule of Megatron's, with the user's code outside of our workarounds."""
+    stage = models[0].stage
     with ExitStack() as stack:
         stack.push(quiet.__exit__)  # 1F1B does not leave no_sync when something raises
         cuda_here = stack.enter_context(_CudaHere(stage.device))
 
-        def forward_step(_iterator: None, _chunk: _Chunk) -> tuple[Tensor, LossFunction]:
+        def forward_step(_iterator: None, model: _Model) -> tuple[Tensor, LossFunction]:
             cuda_here.leave()
             quiet.begin()
-            return stage.forward()
+            return model.stage.forward()
 
+        several = len(models) > 1
         return function(
             forward_step_func=forward_step,
-            data_iterator=None,
+            model=models if several else models[0],
+            data_iterator=[None] * len(models) if several else None,
             seq_length=1,  # what Megatron derives from these two, our communicator does not use
             micro_batch_size=1,
             forward_only=stage.forward_only,
@@ -129,7 +153,7 @@ def _execute(
     raise AssertionError("quiet.__exit__ suppresses nothing")
 
 
-def _check(microbatches: int, schedule: str) -> None:
+def _check(microbatches: int, schedule: str, pp_size: int) -> None:
     if microbatches < 1:
         raise PipelineError(
             f"cannot run {microbatches} microbatches\n  options: a positive number of microbatches"
@@ -138,6 +162,8 @@ def _check(microbatches: int, schedule: str) -> None:
         raise PipelineError(
             f"no pipeline schedule {schedule!r}\n  options: {', '.join(map(repr, SCHEDULES))}"
         )
+    if schedule == "interleaved":
+        check_microbatches(microbatches, pp_size)
 
 
 class _CudaHere(TorchFunctionMode):
@@ -180,12 +206,18 @@ class _Quiet:
     """Enters a ``no_sync`` at the first forward step after Megatron wanted it, leaves it once.
 
     Later than Megatron enters it so that it is not entered for nothing (one microbatch without
-    pipelining), nor inside ``_CudaHere``.
+    pipelining), nor inside ``_CudaHere``. And not before the rank's last backward: Megatron wants
+    to leave it at the last backward of each of the rank's stages, the last stage's first.
     """
 
-    def __init__(self, no_sync: Callable[[], AbstractContextManager[Any]] | None) -> None:
-        self.no_sync = no_sync
+    def __init__(
+        self,
+        no_sync: Callable[[], AbstractContextManager[Any]] | None,
+        stages: Sequence[Stage],
+    ) -> None:
+        self.no_sync, self.stages = no_sync, stages
         self.wanted = False
+        self.times_left = 0
         self.inner: AbstractContextManager[Any] | None = None
 
     def __enter__(self) -> None:
@@ -202,18 +234,21 @@ class _Quiet:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.times_left += 1
+        if kind is None and any(s.requires_grad for s in self.stages[: -self.times_left]):
+            return
         self.wanted = False
         inner, self.inner = self.inner, None
         if inner is not None:
             inner.__exit__(kind, value, traceback)
 
 
-@dataclass
-class _Chunk:
-    """What Megatron takes for the model."""
+class _Model(nn.Module):
+    """What Megatron takes for the model, or for one chunk of it."""
 
-    config: Any
-    model_type: Any
+    def __init__(self, config: Any, model_type: Any, stage: Stage) -> None:
+        super().__init__()
+        self.config, self.model_type, self.stage = config, model_type, stage
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
         """Ignore the buffers: the stage unpacks them itself."""
@@ -233,7 +268,7 @@ class _Megatron(NamedTuple):
     """What is used of megatron-core."""
 
     schedules: Any
-    communicator: Any
+    communicators: tuple[Any, Any]
     config: Any
     collection: Any
     model_type: Any
@@ -252,20 +287,25 @@ def _load() -> _Megatron:
         from megatron.core.transformer import multi_token_prediction
 
     del multi_token_prediction  # the first forward step imports it, and that warns, too
-    communicator = type("BoundaryCommunicator", (Exchange, P2PCommunicator), {})
+    kinds = (Exchange, InterleavedExchange)
+    one, several = (type(f"Boundary{kind.__name__}", (kind, P2PCommunicator), {}) for kind in kinds)
     return _Megatron(
         schedules,
-        communicator,
+        (one, several),
         ModelParallelConfig,
         ProcessGroupCollection,
         ModelType.encoder_or_decoder,
     )
 
 
-def _config(megatron: _Megatron, pp_size: int, incoming: Boundary | None, quiet: _Quiet) -> Any:
+def _config(megatron: _Megatron, pp_size: int, stages: Sequence[Stage], quiet: _Quiet) -> Any:
+    several = len(stages) > 1
     config = megatron.config(
         pipeline_model_parallel_size=pp_size,
-        pipeline_dtype=incoming.buffer_dtype if incoming is not None else torch.float32,
+        virtual_pipeline_model_parallel_size=len(stages) if several else None,
+        pipeline_dtype=torch.float32,  # our communicator does not use it
+        overlap_p2p_comm=several,  # Megatron's 1F1B has no overlap
+        batch_p2p_comm=not several,
         no_sync_func=lambda: quiet,
         deallocate_pipeline_outputs=True,  # a sent buffer is needed for its graph only
     )
@@ -277,12 +317,21 @@ def _config(megatron: _Megatron, pp_size: int, incoming: Boundary | None, quiet:
 
 
 def _communicator(
-    megatron: _Megatron, pp_group: ProcessGroup | None, config: Any, stage: Stage
+    megatron: _Megatron,
+    pp_group: ProcessGroup,
+    config: Any,
+    stages: Sequence[Stage],
+    microbatches: int,
 ) -> Any:
-    if pp_group is None:
-        return None
-    communicator = megatron.communicator(pp_group, config)
-    communicator.stage = stage
+    one, several = megatron.communicators
+    if len(stages) == 1:
+        communicator = one(pp_group, config)
+        communicator.serve(stages[0])
+        return communicator
+    communicator = several(pp_group, config)
+    group = config.microbatch_group_size_per_vp_stage
+    table = megatron.schedules.get_schedule_table(microbatches, len(stages), group)
+    communicator.serve(stages, [chunk for _, chunk in table])
     return communicator
 
 

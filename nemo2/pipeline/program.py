@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import PipelineError
 from ..pytree import tree_map
 from .runner import StageRunner, Step
+from .stages import StagePlan
 
 
 class Losses:
@@ -56,24 +57,31 @@ def checked_loss(result: Any) -> tuple[Tensor, Any]:
 
 
 class Program:
-    """This rank's stage as Megatron's schedule sees it; ``seed`` gives each microbatch its own."""
+    """A stage of this rank as Megatron's schedule sees it.
+
+    ``seed(stage, microbatch)`` gives each forward its own. Forward only, the schedule may ask for
+    more microbatches than there are ``parts``: those compute nothing.
+    """
 
     def __init__(
         self,
         runner: StageRunner,
+        stage: StagePlan,
         step: Step,
         parts: list[Any],
         forward_only: bool,
-        seed: Callable[[int], int],
+        seed: Callable[[int, int], int],
     ) -> None:
-        self.runner, self.step, self.parts = runner, step, parts
+        self.runner, self.stage, self.step, self.parts = runner, stage, step, parts
         self.forward_only, self.seed = forward_only, seed
 
     def forward(self, microbatch: int, received: tuple[Tensor, ...]) -> Any:
+        if microbatch >= len(self.parts):
+            return self.runner.blank(self.stage)
         if self.runner.module.training:
-            torch.manual_seed(self.seed(microbatch))
-        output = self.runner.run(self.step, self.parts[microbatch], received)
-        if not self.runner.last or self.forward_only:
+            torch.manual_seed(self.seed(self.stage.index, microbatch))
+        output = self.runner.run(self.stage, self.step, self.parts[microbatch], received)
+        if not self.runner.at_end or self.forward_only:
             return output
         assert isinstance(self.step, Losses)
         return self.step.take(output)

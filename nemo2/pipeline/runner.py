@@ -1,7 +1,8 @@
 """One stage at run time: the user's own step, from the received tensors to its stage's end.
 
 Blocks of other stages return absent tensors; the first local block binds the received ones;
-the next stage's first block leaves the user's code with what must be sent. Modules that tensor
+the next stage's first block leaves the user's code with what must be sent. A rank that runs
+several stages shows the module to each as if it ran that one alone. Modules that tensor
 parallelism changes get their planned forward here too.
 """
 
@@ -20,17 +21,21 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import PipelineError
 from ..mesh.groups import MeshGroups
+from ..places import Place
 from ..plan import Plan, StepPlan
 from ..pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..sharding.actions import Emulate, Script, pause, resume, suspended
 from ..sharding.collectives import Axis, gather
 from ..sharding.layout import AXES
+from ..sharding.storage import placeholder
 from .absent import Absent, is_absent, resolve
 from .boundary import Boundary, TensorSpec
 from .forwards import edged_forward, plain_forward, quiet_forward
-from .stages import Crossing
+from .stages import Crossing, StagePlan, block_of, stage_of
 
 Step = Callable[[nn.Module, Any], Any]
+_Change = tuple[MutableMapping[str, Any], str, Any]  # attributes, key, value for a time
+_MISSING = object()
 
 
 class StageExit(BaseException):
@@ -46,7 +51,7 @@ class StageExit(BaseException):
 
 @dataclass
 class Passage:
-    """One forward of one microbatch through this stage."""
+    """One forward of one microbatch through one stage."""
 
     received: tuple[Tensor, ...]
     values: dict[tuple[Any, ...], Any] = field(default_factory=dict)
@@ -61,24 +66,30 @@ class StageRunner(nn.Module):
     Its forward catches ``StageExit``, so hooks of this module run on every stage.
     """
 
-    def __init__(self, module: nn.Module, plan: Plan, groups: MeshGroups) -> None:
+    def __init__(
+        self, module: nn.Module, plan: Plan, groups: MeshGroups, places: Sequence[Place]
+    ) -> None:
         super().__init__()
         self.module = module
-        self.plan, self.groups = plan, groups
-        self.stage = plan.stages[groups.pp_rank]
+        self.plan, self.groups, self.places = plan, groups, tuple(places)
+        self.stages = plan.stages_of(groups.pp_rank)
+        self.stage = self.stages[0]  # the one that runs
         self.axes = _axes(plan, groups)
         self.passage: Passage | None = None
         self.step_plan: StepPlan | None = None
         self._installed: list[tuple[nn.Module, Any]] = []
         self._handles: list[RemovableHandle] = []
         self._absent_blocks: list[tuple[nn.Module, Any]] = []
-
-    @property
-    def first(self) -> bool:
-        return self.stage.index == 0
+        self._hidden: dict[int, list[_Change]] = {}
 
     @property
     def last(self) -> bool:
+        """Whether this rank runs the last stage."""
+        return self.stages[-1].index == len(self.plan.stages) - 1
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the stage that runs is the last."""
         return self.stage.index == len(self.plan.stages) - 1
 
     # --- set-up, once
@@ -87,7 +98,7 @@ class StageRunner(nn.Module):
         """Install the hooks of local blocks and the forwards of absent ones."""
         for i, name in enumerate(self.plan.blocks):
             block = self.module.get_submodule(name)
-            if self.stage.first <= i <= self.stage.last:
+            if self._is_local(i):
                 block.register_forward_pre_hook(self._entering(i), prepend=True, with_kwargs=True)
                 block.register_forward_hook(self._leaving)
             else:
@@ -95,11 +106,16 @@ class StageRunner(nn.Module):
                 block.__dict__["forward"] = forward
                 self._absent_blocks.append((block, forward))
 
+    def _is_local(self, block: int) -> bool:
+        return self.plan.stages[stage_of(block, self.plan.stages)].rank == self.groups.pp_rank
+
     def _entering(self, index: int) -> Callable[..., tuple[Any, Any]]:
         def hook(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
             passage = self.passage
             if passage is None:  # recomputation, or planning
                 args, kwargs = resolve((args, kwargs))
+                return args, kwargs
+            if not self.stage.holds(index):
                 return args, kwargs
             if index == self.stage.first:
                 self._bind(passage, block)
@@ -120,16 +136,18 @@ class StageRunner(nn.Module):
 
     def _bind(self, passage: Passage, block: nn.Module) -> None:
         """Give the received tensors to the absent ones that stand for them."""
-        if self.first:
+        if self.stage.index == 0:
             return
-        if block.training and torch.is_grad_enabled() is False and self._expects_grad:
+        values = self._crossing_in(self.stage)
+        expects_grad = any(c.requires_grad for c in values)
+        if block.training and torch.is_grad_enabled() is False and expects_grad:
             raise PipelineError(
                 "the first block of this stage runs without gradients while training:"
                 " a reentrant activation checkpoint"
                 " around it would lose the gradients of earlier stages\n"
                 "  options: checkpoint(..., use_reentrant=False)"
             )
-        for crossing, value in zip(self.incoming_values, passage.received, strict=True):
+        for crossing, value in zip(values, passage.received, strict=True):
             target = passage.values.get(crossing.key)
             if is_absent(target):
                 target.bind(value)
@@ -160,7 +178,7 @@ class StageRunner(nn.Module):
 
     def _outgoing(self, passage: Passage) -> tuple[Tensor, ...]:
         out = []
-        for crossing in self.outgoing_values:
+        for crossing in self._crossing_out(self.stage):
             value = resolve(passage.values.get(crossing.key))
             if not isinstance(value, Tensor) or is_absent(value):
                 raise AssertionError(f"stage {self.stage.index} has no value for {crossing}")
@@ -169,27 +187,22 @@ class StageRunner(nn.Module):
 
     # --- the current kind of step
 
-    @property
-    def incoming_values(self) -> tuple[Crossing, ...]:
+    def _crossing_in(self, stage: StagePlan) -> tuple[Crossing, ...]:
         assert self.step_plan is not None
-        return self.step_plan.boundaries[self.stage.index - 1]
+        return self.step_plan.boundaries[stage.index - 1]
 
-    @property
-    def outgoing_values(self) -> tuple[Crossing, ...]:
+    def _crossing_out(self, stage: StagePlan) -> tuple[Crossing, ...]:
         assert self.step_plan is not None
-        return self.step_plan.boundaries[self.stage.index]
+        return self.step_plan.boundaries[stage.index]
 
-    @property
-    def incoming(self) -> Boundary | None:
-        return None if self.first else _boundary(self.incoming_values)
+    def incoming(self, stage: StagePlan) -> Boundary | None:
+        """Return what ``stage`` receives; None for the first stage."""
+        return _boundary(self._crossing_in(stage)) if stage.index else None
 
-    @property
-    def outgoing(self) -> Boundary | None:
-        return None if self.last else _boundary(self.outgoing_values)
-
-    @property
-    def _expects_grad(self) -> bool:
-        return any(c.requires_grad for c in self.incoming_values)
+    def outgoing(self, stage: StagePlan) -> Boundary | None:
+        """Return what ``stage`` sends; None for the last stage."""
+        last = stage.index == len(self.plan.stages) - 1
+        return None if last else _boundary(self._crossing_out(stage))
 
     def use(self, step_plan: StepPlan) -> None:
         """Install the forwards and captures of ``step_plan``; nothing to do when it is current."""
@@ -213,6 +226,45 @@ class StageRunner(nn.Module):
         for module_name in {c.key[1] for b in step_plan.boundaries for c in b if c.key[0] == "out"}:
             module = self.module.get_submodule(module_name)
             self._handles.append(module.register_forward_hook(self._capturing(module_name)))
+        if len(self.stages) > 1:
+            for stage in self.stages:
+                self._hidden[stage.index] = self._hiding(stage, step_plan)
+
+    def _hiding(self, stage: StagePlan, step_plan: StepPlan) -> list[_Change]:
+        """Return what hides from ``stage`` the blocks and parameters of this rank's others."""
+        changes: list[_Change] = []
+        for i, name in enumerate(self.plan.blocks):
+            if self._is_local(i) and not stage.holds(i):
+                own = self.module.get_submodule(name).__dict__
+                changes.append((own, "forward", self._absent_forward(i, name)))
+                # Nor are its hooks called, FSDP's among them, where it does not run.
+                changes += [(own, hooks, {}) for hooks in ("_forward_pre_hooks", "_forward_hooks")]
+        params = {p.name: p for p in self.plan.params}
+        for place in self.places:
+            param = params[place.param]
+            seen = {*param.homes_of(place.names), *step_plan.borrowed.get(param.name, ())}
+            in_block = any(block_of(n, self.plan.blocks) is not None for n in place.names)
+            if not in_block and stage.index not in seen:
+                absent = placeholder(param, self.groups.device)
+                changes.append((place.module._parameters, place.leaf, None))
+                changes.append((place.module.__dict__, place.leaf, absent))
+        return changes
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Show the module as on a rank that runs the present stage and no other."""
+        changes = self._hidden.get(self.stage.index, [])
+        before = [attributes.get(key, _MISSING) for attributes, key, _ in changes]
+        for attributes, key, value in changes:
+            attributes[key] = value
+        try:
+            yield
+        finally:
+            for (attributes, key, _), value in zip(changes, before, strict=True):
+                if value is _MISSING:
+                    del attributes[key]
+                else:
+                    attributes[key] = value
 
     def _uninstall(self) -> None:
         for module, forward in reversed(self._installed):
@@ -245,15 +297,8 @@ class StageRunner(nn.Module):
                 _refill(module._forward_hooks, after)
 
     def _install(self, name: str, make: Callable[[nn.Module, Callable[..., Any]], Any]) -> None:
-        index = next(
-            (i for i, b in enumerate(self.plan.blocks) if name == b or name.startswith(b + ".")),
-            None,
-        )
-        if (
-            index is not None
-            and not self.stage.first <= index <= self.stage.last
-            and len(self.plan.stages) > 1
-        ):
+        index = block_of(name, self.plan.blocks)
+        if index is not None and not self._is_local(index):
             return
         module = self.module.get_submodule(name)
         self._installed.append((module, module.__dict__.get("forward")))
@@ -285,9 +330,15 @@ class StageRunner(nn.Module):
 
     # --- one microbatch
 
-    def run(self, step: Step, batch: Any, received: tuple[Tensor, ...]) -> Any:
-        """Run this stage's part of ``step`` on one microbatch."""
-        self.passage = Passage(received)
+    def blank(self, stage: StagePlan) -> tuple[Tensor, ...]:
+        """Return tensors of any values in the shapes that ``stage`` sends."""
+        outgoing, device = self.outgoing(stage), self.groups.device
+        specs = outgoing.tensors if outgoing is not None else ()
+        return tuple(torch.empty(s.shape, dtype=s.dtype, device=device) for s in specs)
+
+    def run(self, stage: StagePlan, step: Step, batch: Any, received: tuple[Tensor, ...]) -> Any:
+        """Run the part of ``step`` that is ``stage``, one of this rank's, on one microbatch."""
+        self.stage, self.passage = stage, Passage(received)
         self._forget()
         try:
             with _modes_restored():
@@ -308,7 +359,7 @@ class StageRunner(nn.Module):
         if script is not None:
             passage.mode = mode = Emulate(script, self.axes, passage.values.__setitem__)
         try:
-            with mode:
+            with self._alone(), mode:
                 try:
                     output = step(self.module, batch)
                 except BaseException:
@@ -318,7 +369,7 @@ class StageRunner(nn.Module):
             return exit.outputs
         if isinstance(mode, Emulate):
             mode.check_complete()
-        if not self.last:
+        if not self.at_end:
             raise AssertionError("the step ended before the next stage's first block")
         return self._whole(output)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,21 +10,30 @@ import torch
 from torch import nn
 
 from ..errors import PipelineError
+from ..options import Pipeline
 from ..sharding.layout import local_shape
 from ..trace import Trace
+from .balance import spread
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: the range of blocks that it runs."""
+    """One stage: the range of blocks that it runs, and the pipeline rank that runs it.
+
+    With interleaving a rank runs several (virtual) stages: stage ``c * pp + r`` is its chunk c.
+    """
 
     index: int
     first: int
     last: int
+    rank: int = 0
 
     @property
     def count(self) -> int:
         return self.last - self.first + 1
+
+    def holds(self, block: int) -> bool:
+        return self.first <= block <= self.last
 
 
 @dataclass(frozen=True)
@@ -62,35 +71,53 @@ def block_names(model: nn.Module, lists: Sequence[str], pp: int) -> tuple[str, .
     return tuple(prefix + name for name, _ in container.named_children())
 
 
-def split_blocks(
-    blocks: int, pp: int, layers_per_stage: Sequence[int] | None
-) -> tuple[StagePlan, ...]:
-    """Spread blocks over ``pp`` stages; what does not divide goes to middle stages first."""
+def split_blocks(costs: Sequence[int], pp: int, pipeline: Pipeline) -> tuple[StagePlan, ...]:
+    """Spread blocks over ``pp`` ranks; see ``spread`` for how, unless ``layers_per_stage`` says.
+
+    Raises: PipelineError when there are more stages than blocks, or when the numbers given do
+        not fit.
+    """
     if pp == 1:
-        return (StagePlan(0, 0, blocks - 1),)
-    if layers_per_stage is not None:
-        counts = list(layers_per_stage)
-        if len(counts) != pp or sum(counts) != blocks or any(c < 1 for c in counts):
-            raise PipelineError(
-                f"layers_per_stage={tuple(layers_per_stage)} does not fit"
-                f" {blocks} blocks on pp={pp} stages\n"
-                f"  it needs {pp} numbers >= 1 whose sum is {blocks}"
-            )
-    else:
-        if blocks < pp:
-            raise PipelineError(
-                f"cannot split {blocks} blocks over pp={pp} stages: each stage needs one\n"
-                f"  options: pp in {list(range(1, blocks + 1))}"
-            )
-        counts = [blocks // pp] * pp
-        favoured = [*range(1, pp - 1), 0, pp - 1]
-        for stage in favoured[: blocks % pp]:
-            counts[stage] += 1
-    stages, first = [], 0
-    for index, count in enumerate(counts):
-        stages.append(StagePlan(index, first, first + count - 1))
-        first += count
-    return tuple(stages)
+        return (StagePlan(0, 0, len(costs) - 1),)
+    blocks, stages = len(costs), pp * pipeline.virtual_stages
+    given = pipeline.layers_per_stage
+    virtual = f" with virtual_stages={pipeline.virtual_stages}" if stages > pp else ""
+    if given is not None and (len(given) != stages or sum(given) != blocks or min(given) < 1):
+        raise PipelineError(
+            f"layers_per_stage={tuple(given)} does not fit {blocks} blocks on pp={pp}"
+            f" stages{virtual}\n  it needs {stages} numbers >= 1 whose sum is {blocks}"
+        )
+    if blocks < stages:
+        raise PipelineError(
+            f"cannot split {blocks} blocks over pp={pp} stages{virtual}: each stage needs one\n"
+            f"  options: {_sizes_that_work(blocks, pp, pipeline.virtual_stages)}"
+        )
+    starts = [0]
+    for count in given or spread(costs, stages):
+        starts.append(starts[-1] + count)
+    return tuple(StagePlan(i, starts[i], starts[i + 1] - 1, i % pp) for i in range(stages))
+
+
+def _sizes_that_work(blocks: int, pp: int, virtual_stages: int) -> str:
+    options = []
+    if virtual_stages > 1:
+        options += [f"virtual_stages={v}" for v in range(blocks // pp, 1, -1)]
+        options += [f"schedule='1f1b' with pp in {list(range(1, blocks + 1))}"]
+        fits = list(range(1, blocks // virtual_stages + 1))
+        return " | ".join([*options, *([f"pp in {fits}"] if fits else [])])
+    return f"pp in {list(range(1, blocks + 1))}"
+
+
+def check_microbatches(microbatches: int, pp: int) -> None:
+    """Raise PipelineError unless interleaved 1F1B can train with this many microbatches."""
+    if microbatches % pp:
+        below = microbatches // pp * pp
+        fits = [n for n in (below - pp, below, below + pp, below + 2 * pp) if n > 0]
+        raise PipelineError(
+            f"interleaved 1F1B on pp={pp} runs rounds of {pp} microbatches, and {microbatches} is"
+            f" no multiple of {pp}\n"
+            f"  options: microbatches in {fits} | schedule='1f1b', which takes any number"
+        )
 
 
 def stage_of(position: int, stages: Sequence[StagePlan]) -> int:
@@ -98,29 +125,37 @@ def stage_of(position: int, stages: Sequence[StagePlan]) -> int:
     return next((s.index for s in stages if position <= s.last), stages[-1].index)
 
 
+def block_of(name: str, blocks: Sequence[str]) -> int | None:
+    """Return which block holds the parameter or module called ``name``, if one does."""
+    return next((i for i, b in enumerate(blocks) if name == b or name.startswith(f"{b}.")), None)
+
+
+def ranks_of(indices: Iterable[int], stages: Sequence[StagePlan]) -> tuple[int, ...]:
+    """Return the pipeline ranks that run these stages, in the order of the stages."""
+    return tuple(dict.fromkeys(stages[i].rank for i in sorted(indices)))
+
+
 def expected_stages(
     model: nn.Module, names: Sequence[str], blocks: Sequence[str], stages: Sequence[StagePlan]
 ) -> tuple[int, ...]:
-    """Say which stages hold a parameter known under ``names``, by where it is registered.
+    """Say for each of ``names`` which stage holds that parameter, by where it is registered.
 
     Parameters of a block go with it; others to the first stage when their module comes
     before the blocks in the model, to the last when after. The step's plan checks it.
     """
     if len(stages) == 1:
-        return (0,)
+        return (0,) * len(names)
     order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     start = min(order[b] for b in blocks)
-    found = set()
+    found = []
     for name in names:
         owner = name.rpartition(".")[0]
-        block = next(
-            (i for i, b in enumerate(blocks) if owner == b or owner.startswith(b + ".")), None
-        )
+        block = block_of(owner, blocks)
         if block is not None:
-            found.add(stage_of(block, stages))
+            found.append(stage_of(block, stages))
         else:
-            found.add(0 if order[owner] < start else stages[-1].index)
-    return tuple(sorted(found))
+            found.append(0 if order[owner] < start else stages[-1].index)
+    return tuple(found)
 
 
 def crossings(trace: Trace, stages: Sequence[StagePlan]) -> tuple[tuple[Crossing, ...], ...]:

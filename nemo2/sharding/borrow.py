@@ -19,19 +19,25 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..mesh.groups import MeshGroups, stage_group
+from ..pipeline.stages import ranks_of
 from ..places import Place
-from ..plan import Plan
+from ..plan import ParamPlan, Plan
 from .reduce import gradient, set_gradient
 from .storage import Entry, Storage
 
 
 @dataclass
 class Loan:
-    """One borrowed parameter on a rank that lends or borrows it."""
+    """One borrowed parameter on a rank that holds or borrows it.
 
-    name: str
+    A rank may do both: hold it under one name, and borrow it where another stage of its own uses
+    another name that it is tied to.
+    """
+
+    param: ParamPlan
     group: dist.ProcessGroup
     owner: int  # global rank that lends
+    lends: bool
     copy: nn.Parameter | None  # the borrower's plain local copy
     places: list[Place]
 
@@ -44,23 +50,36 @@ def make_loans(
     Communication: making groups; all ranks of the mesh call it with the same loans.
     """
     loans = []
-    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
     for name in sorted(borrowed):
         param = plan.param(name)
-        lender = min(param.stages)
-        stages = (lender, *borrowed[name])
-        if groups.pp_rank not in stages:
+        own = [w for w in where if w.param == name]
+        borrowers = borrowing_ranks(param, borrowed[name], own, plan)
+        ranks = tuple(dict.fromkeys((*param.ranks, *borrowers)))
+        if not borrowers:
             continue
-        if stages not in made:
-            made[stages] = stage_group(groups, stages)
-        owner = dist.get_global_rank(groups.pp, lender)
-        copy, own = None, []
-        if groups.pp_rank != lender:
+        if ranks not in made:
+            made[ranks] = stage_group(groups, ranks)
+        group = made[ranks]
+        if group is None:
+            continue
+        copy = None
+        if groups.pp_rank in borrowers:
             value = torch.empty(param.local_shape, dtype=param.dtype, device=groups.device)
             copy = nn.Parameter(value, requires_grad=param.trainable)
-            own = [w for w in where if w.param == name and w.leaf in w.module.__dict__]
-        loans.append(Loan(name, made[stages], owner, copy, own))
+        owner = dist.get_global_rank(groups.pp, param.ranks[0])
+        lends = groups.pp_rank == param.ranks[0]
+        empty = [w for w in own if w.leaf in w.module.__dict__]
+        loans.append(Loan(param, group, owner, lends, copy, empty if copy is not None else []))
     return loans
+
+
+def borrowing_ranks(
+    param: ParamPlan, stages: Sequence[int], places: Sequence[Place], plan: Plan
+) -> list[int]:
+    """Return the ranks of the borrowing ``stages`` that lack one of the parameter's places."""
+    holders = [ranks_of(param.homes_of(w.names), plan.stages) for w in places]
+    return [r for r in ranks_of(stages, plan.stages) if any(r not in held for held in holders)]
 
 
 @contextmanager
@@ -71,12 +90,14 @@ def lent(loans: Sequence[Loan], storage: Storage, groups: MeshGroups) -> Iterato
     """
     undo = []
     for loan in loans:
-        if loan.copy is None:
-            value = _whole(storage.entries[loan.name], groups)
-            dist.broadcast(value, src=loan.owner, group=loan.group)
-            continue
-        loan.copy.grad = None
-        dist.broadcast(loan.copy.detach(), src=loan.owner, group=loan.group)
+        if loan.lends:
+            value = _whole(storage.entries[loan.param.name], groups)
+        else:  # one that only holds it takes part for the sake of giving back
+            shape, dtype = loan.param.local_shape, loan.param.dtype
+            value = torch.empty(shape, dtype=dtype, device=groups.device)
+        dist.broadcast(value, src=loan.owner, group=loan.group)
+        if loan.copy is not None:
+            loan.copy.grad, loan.copy.data = None, value
         for place in loan.places:
             undo.append((place, place.module.__dict__.pop(place.leaf)))
             place.module._parameters[place.leaf] = loan.copy
@@ -91,27 +112,28 @@ def lent(loans: Sequence[Loan], storage: Storage, groups: MeshGroups) -> Iterato
 def give_back(
     loans: Sequence[Loan], storage: Storage, groups: MeshGroups, partial: frozenset[str]
 ) -> None:
-    """Add the gradients of borrowed copies, summed over dp, to those of their owners.
+    """Add the gradients of borrowed copies, summed over dp, to those of all who hold them.
 
     Communication: for each trainable loan one all-reduce over ``dp`` on the borrower (and one
-    over ``tp`` when it was used in a split region), and one over lender and borrowers.
+    over ``tp`` when it was used in a split region), and one over holders and borrowers.
     """
     for loan in loans:
+        param = loan.param
+        if not param.trainable:
+            continue
+        if loan.copy is not None and loan.copy.grad is not None:
+            grad = loan.copy.grad
+        else:
+            grad = torch.zeros(param.local_shape, dtype=param.dtype, device=groups.device)
         if loan.copy is not None:
-            if not loan.copy.requires_grad:
-                continue
-            grad = loan.copy.grad if loan.copy.grad is not None else torch.zeros_like(loan.copy)
             if groups.dp_cp.size() > 1:
                 dist.all_reduce(grad, group=groups.dp_cp)
-            if loan.name in partial:
+            if param.name in partial:
                 dist.all_reduce(grad, group=groups.tp)
-            dist.all_reduce(grad, group=loan.group)
-            continue
-        entry = storage.entries[loan.name]
-        if not entry.plan.trainable:
-            continue
-        grad = torch.zeros(entry.plan.local_shape, dtype=entry.plan.dtype, device=groups.device)
         dist.all_reduce(grad, group=loan.group)
+        entry = storage.entries.get(param.name)
+        if entry is None:
+            continue
         own, part = gradient(entry), _dp_part(grad, entry, storage)
         if own is None:
             set_gradient(entry, part.contiguous())

@@ -119,7 +119,7 @@ def counted_here(entry: Entry, storage: Storage, groups: MeshGroups) -> bool:
     copies = zip(entry.placements, coordinate, strict=True)
     if any(placement.is_replicate() and at > 0 for placement, at in copies):
         return False
-    return groups.pp_rank == min(entry.plan.stages)
+    return groups.pp_rank == entry.plan.ranks[0]
 
 
 def norm_of(grads: Mapping[str, Tensor], storage: Storage, groups: MeshGroups) -> Tensor:

@@ -35,7 +35,7 @@ def gather_params(storage: Storage, plan: Plan, groups: MeshGroups) -> dict[str,
     """
     own: dict[str, Tensor] = {}
     for entry in storage:
-        if groups.pp_rank == min(entry.plan.stages):
+        if groups.pp_rank == entry.plan.ranks[0]:
             held = entry.wrap(entry.local, storage.mesh).full_tensor()
             own[entry.name] = in_original_order(held, entry.plan, groups.sizes.tp)
     everything = _share(own, groups) if len(plan.stages) > 1 else own
@@ -46,11 +46,11 @@ def gather_params(storage: Storage, plan: Plan, groups: MeshGroups) -> dict[str,
 
 
 def _share(own: dict[str, Tensor], groups: MeshGroups) -> dict[str, Tensor]:
-    """Give every stage's tensors to all stages."""
+    """Give every pipeline rank's tensors to all of them."""
     everything: dict[str, Tensor] = {}
-    for stage in range(groups.sizes.pp):
-        source = dist.get_global_rank(groups.pp, stage)
-        here = stage == groups.pp_rank
+    for rank in range(groups.sizes.pp):
+        source = dist.get_global_rank(groups.pp, rank)
+        here = rank == groups.pp_rank
         box: list[Any] = [[(n, tuple(t.shape), t.dtype) for n, t in own.items()] if here else None]
         dist.broadcast_object_list(box, src=source, group=groups.pp, device=groups.device)
         for name, shape, dtype in box[0]:

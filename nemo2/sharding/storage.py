@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from ..errors import Nemo2Error, ShardingError
 from ..mesh.groups import MeshGroups
 from ..pipeline.absent import Absent
-from ..pipeline.stages import expected_stages
+from ..pipeline.stages import ranks_of
 from ..places import Place
 from ..plan import ParamPlan, Plan
 from ..trace import Trace
@@ -174,19 +174,17 @@ def place(
     """
     _refuse_meta(model)
     values = dict(model.named_parameters())
-    holders = {w.name: _holders(plan, model, w.name) for w in where}
     entries: dict[str, Entry] = {}
     for param in plan.params:
         full = _from_rank_0(values[param.name].detach(), groups)
-        if groups.pp_rank in param.stages:
+        if groups.pp_rank in param.ranks:
             compute = nn.Parameter(_tp_part(full, param, groups), requires_grad=param.trainable)
             entries[param.name] = Entry(param, [], compute, ())
-        absent = Absent.like(param.shape, param.dtype, groups.device)
-        absent.param = param.name
+        absent = placeholder(param, groups.device)
         for w in where:
             if w.param == param.name:
                 w.module._parameters.pop(w.leaf)
-                if groups.pp_rank in holders[w.name]:
+                if groups.pp_rank in ranks_of(param.homes_of(w.names), plan.stages):
                     entries[param.name].places.append((w.module, w.leaf))
                     w.module._parameters[w.leaf] = entries[param.name].compute
                 else:
@@ -198,8 +196,11 @@ def place(
     return entries
 
 
-def _holders(plan: Plan, model: nn.Module, name: str) -> tuple[int, ...]:
-    return expected_stages(model, (name,), plan.blocks, plan.stages)
+def placeholder(param: ParamPlan, device: torch.device) -> Absent:
+    """Return what stands for a parameter on stages that do not hold it."""
+    absent = Absent.like(param.shape, param.dtype, device)
+    absent.param = param.name
+    return absent
 
 
 def _refuse_meta(model: nn.Module) -> None:
@@ -233,12 +234,12 @@ def shard_over_dp(
 ) -> list[nn.Module]:
     """Split the parameters over ``data`` with FSDP2; returns the modules that FSDP manages.
 
-    Zero-dimensional parameters are left whole, which FSDP2 cannot split. The last module
+    Parameters that FSDP2 cannot split are left whole: see ``ParamPlan.dp_dim``. The last module
     returned is the runner, which holds what is outside of the blocks.
     """
     from torch.distributed.fsdp import fully_shard
 
-    ignored = {e.compute for e in entries if not e.plan.shape}
+    ignored = {e.compute for e in entries if e.plan.dp_dim is None}
     by_id = {id(e.compute): e for e in entries}
     keep = plan.options.data_parallel.keeps(plan.sizes, plan.options.pipeline)
 
@@ -278,11 +279,12 @@ def finish(entries: dict[str, Entry], mesh: DeviceMesh) -> Storage:
     return Storage(entries, mesh)
 
 
-def refuse_uses_outside(trace: Trace, blocks: Sequence[str]) -> None:
+def refuse_uses_outside(trace: Trace, plan: Plan) -> None:
     """Raise when a step uses a parameter of a block outside of it: FSDP holds it split there."""
+    split = {p.name for p in plan.params if p.dp_dim is not None}
     for name, scopes in trace.param_scopes.items():
-        block = next((b for b in blocks if name.startswith(b + ".")), None)
-        if block is not None and any(block not in scope for scope in scopes):
+        block = next((b for b in plan.blocks if name.startswith(b + ".")), None)
+        if name in split and block is not None and any(block not in scope for scope in scopes):
             raise ShardingError(
                 f"the step uses '{name}' outside of its block '{block}', where it is split\n"
                 "  options: data_parallel='ddp' | the optimizer's weight_decay, not a penalty"

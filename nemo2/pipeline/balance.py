@@ -1,0 +1,90 @@
+"""Spreading blocks over stages so that no stage is slower than it must be."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from functools import cache
+
+from torch import Tensor, nn
+
+
+def block_costs(
+    model: nn.Module, blocks: Sequence[str], size: Callable[[Tensor], int]
+) -> list[int]:
+    """Estimate what each block costs a token, with what the first and last stage run besides.
+
+    A weight of two or more dims costs its number of elements, as a matrix product takes two FLOPs
+    a token for each (a convolution takes more, a mixture's expert less: what is alike in all
+    blocks does not matter). A table that is looked up costs nothing, so an embedding is free and
+    a head tied to it costs where the head is. What is registered before the blocks counts with
+    the first one, what comes after with the last, because those never leave the end stages.
+
+    Args:
+        size: elements of a parameter that one rank multiplies with.
+    """
+    if not blocks:
+        return []
+    costs = [0] * len(blocks)
+    block, index = "", 0
+    for name, module in model.named_modules(remove_duplicate=False):
+        if index < len(blocks) and name == blocks[index]:
+            block, index = name, index + 1
+        inside = bool(block) and (name == block or name.startswith(f"{block}."))
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            continue
+        weights = [p for p in module._parameters.values() if p is not None and p.ndim > 1]
+        where = index - 1 if inside else -1 if index else 0
+        costs[where] += sum(size(w) for w in weights)
+    return costs
+
+
+def spread(costs: Sequence[int], stages: int) -> list[int]:
+    """Return how many of the blocks, in order, each stage takes: at least one.
+
+    No other split has a smaller largest cost of a stage. Among those that have the same, numbers
+    are as even as possible; what is left over goes to middle stages first (the first stage holds
+    most activations, the last computes the loss).
+
+    >>> spread([1] * 7, 4)
+    [2, 2, 2, 1]
+    >>> spread([1, 1, 1, 1, 1, 4], 2)  # a head as heavy as three blocks
+    [4, 2]
+    """
+    totals = [0]
+    for cost in costs:
+        totals.append(totals[-1] + cost)
+
+    def fits(limit: int) -> bool:
+        used, start = 0, 0
+        while start < len(costs) and used <= stages:
+            end = start
+            while end < len(costs) and totals[end + 1] - totals[start] <= limit:
+                end += 1
+            used, start = used + 1, end
+        return used <= stages
+
+    lowest = max(costs)
+    limit = lowest + bisect_left(range(totals[-1] - lowest), True, key=lambda x: fits(lowest + x))
+
+    @cache
+    def best(start: int, left: int) -> tuple[int, int, int, tuple[int, ...]] | None:
+        """Return (sum of squares, last, first, minus the counts) of the best split of the rest."""
+        if left == 0:
+            return (0, 0, 0, ()) if start == len(costs) else None
+        found = None
+        for end in range(start + 1, len(costs) - left + 2):
+            if totals[end] - totals[start] > limit:
+                break
+            rest = best(end, left - 1)
+            if rest is not None:
+                count = end - start
+                last = rest[1] if left > 1 else count
+                first = count if left == stages else 0
+                made = (rest[0] + count**2, last, first, (-count, *rest[3]))
+                found = made if found is None else min(found, made)
+        return found
+
+    split = best(0, stages)
+    assert split is not None
+    return [-count for count in split[3]]
