@@ -35,6 +35,7 @@ KINDS = {
 }
 # with virtual stages and blocks: what interleaves needs more blocks than the models have
 SCHEDULES = {"1f1b": (1, None), "interleaved": (2, 5)}
+_COST = {1: 1.0, 2: 1.3, 4: 2.0, 8: 6.0}  # of a cell, by its processes, on two cores
 METHODS = ("ring", "all_gather", "ulysses")
 
 
@@ -100,7 +101,10 @@ def _product(models: Sequence[str]) -> Iterator[Cell]:
 
 
 def covering(cells: Sequence[Cell]) -> list[Cell]:
-    """Choose cells, greedily, until every pair of options of ``cells`` occurs."""
+    """Choose cells, greedily, until every pair of options of ``cells`` occurs.
+
+    Cells of few processes come first: they cost less.
+    """
     bits: dict[Any, int] = {}
     pairs = [0] * len(cells)
     for i, cell in enumerate(cells):
@@ -109,7 +113,10 @@ def covering(cells: Sequence[Cell]) -> list[Cell]:
     missing = (1 << len(bits)) - 1
     chosen: list[Cell] = []
     while missing:
-        best = max(range(len(cells)), key=lambda i: (pairs[i] & missing).bit_count())
+        best = max(
+            range(len(cells)),
+            key=lambda i: (pairs[i] & missing).bit_count() / _COST[cells[i].world],
+        )
         missing &= ~pairs[best]
         chosen.append(cells[best])
     return sorted(chosen, key=str)
