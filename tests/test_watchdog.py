@@ -134,7 +134,8 @@ def test_survivors_end_and_name_rank_and_step(mode: str, chosen: int, what: str)
 
 @pytest.mark.parametrize("chosen", [0, 1])
 def test_a_rank_whose_loop_is_shorter_is_named(chosen: int) -> None:
-    ended = finish(start("short", chosen, stale=3), 50)
+    # The rank that left has done nothing wrong; NCCL may keep it at its exit until it is killed.
+    ended = finish(start("short", chosen, stale=3), 50, skip=chosen)
     for rank, one in enumerate(ended):
         if rank != chosen:
             assert one.code not in (0, -signal.SIGKILL), one.err
