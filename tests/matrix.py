@@ -152,11 +152,12 @@ def main() -> int:
     parser.add_argument("--pools", type=int, default=max(1, (os.cpu_count() or 1) // 8))
     asked = parser.parse_args()
     cells = product()
+    cells += [plain(m, 2, dp=2, pp=2, cp=2, tp=2) for m in ZOO]  # all axes, 16 processes
     random.Random(0).shuffle(cells)
     started = time.time()
     jobs = [
         same[i : i + 8]
-        for world in (8, 4, 2, 1)
+        for world in (16, 8, 4, 2, 1)
         for same in [[c for c in cells if c.world == world]]
         for i in range(0, len(same), 8)
     ]
