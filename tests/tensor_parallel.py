@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nemo2.pipeline.forwards import edged_forward
 from nemo2.plan import Plan, plan
 from nemo2.pytree import tensors, tree_leaves
 from nemo2.sharding import collectives
@@ -52,7 +53,8 @@ def check_build(
     emulated = replace(
         made, step=replace(made.step, programs=programs(made.step.trace, names, set()))
     )
-    for how, chosen in (("proved", made), ("emulated", emulated)):
+    split = plan(model, f"tp={degree}", step=forward, batch=batch)
+    for how, chosen in (("proved", made), ("emulated", emulated), ("sequence", split)):
         got = run_plan(model, chosen, batch, axis)
         _compare(how, want, got, rtol)
     return {"proved": made, "emulated": emulated}
@@ -123,6 +125,10 @@ def applied(model: nn.Module, todo: Programs, axis: Axis) -> Iterator[None]:
     scripts |= {n: Script(n, (a.name,), {0: a}, {}) for n, a in todo.installed.items()}
     wrapped = {n: _emulated(modules[n].forward, s, axis) for n, s in scripts.items()}
     wrapped |= {n: _quiet(modules[n].forward) for n in todo.quiet}
+    for n in {**todo.entries, **todo.exits}:
+        inner = wrapped.get(n, modules[n].forward)
+        edges = todo.entries.get(n, ()), todo.exits.get(n, ())
+        wrapped[n] = edged_forward(modules[n], inner, *edges, {"tp": axis})
     with ExitStack() as undo:
         undo.callback(
             torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
