@@ -1,0 +1,159 @@
+"""Random numbers that do not depend on the mesh: dropout, and weights of models on meta."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import nemo2
+from nemo2 import Pipeline, shard
+from nemo2.sharding.counter import keep_mask, key_of
+from tests.models import VOCAB, WIDTH, next_token, token_ids
+
+
+class Attend(nn.Module):
+    """Causal attention by hand, with dropout of its weights, or torch's without."""
+
+    def __init__(self, by_hand):
+        super().__init__()
+        self.by_hand = by_hand
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.drop = nn.Dropout(0.2)
+        shard(self.qkv.weight, "tp", dim=0, parts=(WIDTH,) * 3)
+        shard(self.qkv.bias, "tp", dim=0, parts=(WIDTH,) * 3)
+        shard(self.out.weight, "tp", dim=1)
+
+    def forward(self, x):
+        b, t, c = x.shape
+        q, k, v = (
+            y.view(b, t, 4, c // 4).transpose(1, 2) for y in self.qkv(x).split(WIDTH, dim=-1)
+        )
+        if not self.by_hand:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            seen = torch.ones(t, t, dtype=torch.bool, device=x.device).tril()
+            scores = (q @ k.transpose(-1, -2)).masked_fill(~seen, -math.inf).softmax(-1)
+            y = F.dropout2d(self.drop(scores), 0.1, self.training) @ v
+        return self.out(y.transpose(1, 2).reshape(b, t, c))
+
+
+class Block(nn.Module):
+    """Dropout as a module called twice, in place, and as functions."""
+
+    def __init__(self, by_hand):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attend = Attend(by_hand)
+        self.up, self.down = nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH)
+        self.drop, self.inner = nn.Dropout(0.1), nn.Dropout(0.3, inplace=True)
+        shard(self.up.weight, "tp", dim=0)
+        shard(self.up.bias, "tp", dim=0)
+        shard(self.down.weight, "tp", dim=1)
+
+    def forward(self, x):
+        x = x + self.drop(self.attend(self.norm1(x)))
+        y = self.inner(F.gelu(self.up(self.norm2(x))))
+        y = F.dropout(self.down(y), 0.1, self.training)
+        x = x + self.drop(y)
+        return F.dropout(x * 1.0, 0.05, self.training, inplace=True)
+
+
+class GPT(nn.Module):
+    """``how`` checkpoints the blocks, reentrantly or not; ``common`` is called in each block."""
+
+    def __init__(self, layers=4, *, by_hand=True, how=None, common=False):
+        super().__init__()
+        self.how = how
+        self.embed, self.place = nn.Embedding(VOCAB, WIDTH), nn.Embedding(16, WIDTH)
+        self.drop, self.glue = nn.Dropout(0.1), nn.Dropout(0.1)
+        self.layers = nn.ModuleList([Block(by_hand) for _ in range(layers)])
+        if common:
+            for layer in self.layers:
+                layer.drop = self.drop
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCAB, bias=False)
+        shard(self.embed.weight, "tp", dim=0)
+        shard(self.head.weight, "tp", dim=0)
+        shard(self.layers, "pp")
+
+    def forward(self, ids):
+        places = self.place(torch.arange(ids.shape[1], device=ids.device))
+        x = self.drop(self.embed(ids)) + F.dropout(places[None], 0.2, self.training)
+        for layer in self.layers:
+            if self.how is None:
+                x = layer(self.glue(x))
+            else:
+                x = checkpoint(layer, self.glue(x), use_reentrant=self.how == "reentrant")
+        return F.alpha_dropout(self.head(self.norm(x)), 0.1, self.training)
+
+
+def train(build, mesh, device, *, steps=3, loss_fn=next_token, length=9, **options):
+    """Train by AdamW; return the losses and the whole weights."""
+    torch.manual_seed(0)
+    model = build().double()
+    size = math.prod(mesh.values())
+    if size < torch.distributed.get_world_size():  # each rank alone
+        devices = torch.distributed.device_mesh.DeviceMesh(
+            device, [torch.distributed.get_rank()], mesh_dim_names=("tp",)
+        )
+    else:
+        devices = nemo2.make_mesh(**mesh, device=device)
+    torch.manual_seed(5)
+    parallel = nemo2.parallelize(model, devices, **options)
+    optimizer = torch.optim.AdamW(parallel.parameters(), lr=1e-2, eps=1e-6)
+    losses = []
+    for step in range(steps):
+        ids = token_ids(8, length).roll(step, 1)
+        own = ids.chunk(parallel.plan.sizes.dp)[parallel.groups.dp_rank]
+        optimizer.zero_grad()
+        losses.append(float(parallel.backward(loss_fn, own)))
+        optimizer.step()
+    weights = {n: w.cpu() for n, w in parallel.full_state_dict().items()}
+    return losses, weights
+
+
+def differences(build, cases, device, **how):
+    """Return the largest difference of each case from the training on one device."""
+    losses, weights = train(build, {}, device, **how)
+    torch.manual_seed(0)
+    plain = build().double().eval()
+    with torch.no_grad():
+        assert abs(losses[0] - float(next_token(plain, token_ids(8, how.get("length", 9))))) > 1e-3
+    found = []
+    for mesh, options in cases:
+        other, theirs = train(build, mesh, device, **how, **options)
+        error = max(abs(a - b) for a, b in zip(losses, other, strict=True))
+        found.append(max(error, *((weights[n] - theirs[n]).abs().max().item() for n in weights)))
+    return found
+
+
+def equal(pool, world, build, cases, **how):
+    for found in pool.run(world, differences, build, cases, pool.device, **how):
+        assert max(found) < 1e-9, dict(zip(map(str, cases), found, strict=True))
+
+
+def pipeline(microbatches, **how):
+    return {"pipeline": Pipeline(microbatches=microbatches, **how)}
+
+
+TWO = [
+    ({"dp": 2}, {"data_parallel": "ddp"}),
+    ({"dp": 2}, {"data_parallel": "fsdp", **pipeline(2)}),
+    ({"dp": 2}, {"data_parallel": "zero1"}),
+    ({"tp": 2}, {"sequence_parallel": False}),
+    ({"tp": 2}, {"sequence_parallel": True, **pipeline(2)}),
+    ({"pp": 2}, pipeline(1)),
+    ({"pp": 2}, pipeline(4)),
+    ({"pp": 2}, pipeline(2, schedule="interleaved", virtual_stages=2)),
+]
+
+
+@pytest.mark.parametrize("common", [False, True])
+def test_training_with_dropout_is_the_same_on_any_mesh(pool, common):
+    equal(pool, 2, functools.partial(GPT, common=common), TWO)
