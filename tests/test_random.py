@@ -200,3 +200,118 @@ def with_and_without(how, device):
         _, weights = train(build, {}, device, **pipeline(2))
         found.append(sum(float(w.norm()) for w in weights.values()))
     return found
+
+
+# --- weights of models on meta
+
+
+class Normed(nn.Module):
+    """Torch's layers alone, with buffers that their reset_parameters fills, and a tie."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH, padding_idx=0)
+        self.layers = nn.ModuleList([Block(False) for _ in range(4)])
+        self.stats, self.head = nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, VOCAB)
+        self.head.weight = self.embed.weight
+        shard(self.head.bias, "tp", dim=0)
+        shard(self.embed.weight, "tp", dim=0)
+        shard(self.layers, "pp")
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def drawn(mesh, device, **options):
+    """Return the weights and buffers of a model that was built on meta."""
+    torch.manual_seed(torch.distributed.get_rank())  # the first rank's seed counts
+    with torch.device("meta"):
+        model = Normed()
+    parallel = nemo2.parallelize(model, nemo2.make_mesh(**mesh, device=device), **options)
+    assert not any(t.is_meta for t in (*parallel.module.parameters(), *parallel.module.buffers()))
+    return {n: w.cpu() for n, w in parallel.full_state_dict().items()}
+
+
+def test_weights_of_a_model_on_meta_do_not_depend_on_the_mesh(pool):
+    (one,) = pool.run(1, drawn, {}, pool.device)
+    assert torch.equal(one["head.weight"], one["embed.weight"])
+    assert one["embed.weight"][0].eq(0).all() and one["embed.weight"][1:].std() > 0.9
+    assert one["stats.running_var"].eq(1).all()
+    assert not torch.equal(one["layers.0.up.weight"], one["layers.1.up.weight"])
+    bound = 1 / math.sqrt(WIDTH)
+    assert one["layers.0.up.weight"].abs().max() <= bound
+    for mesh in ({"tp": 2}, {"pp": 2}, {"dp": 2}):
+        for inplace in (False, True):
+            for other in pool.run(2, drawn, mesh, pool.device, inplace=inplace):
+                assert one.keys() == other.keys()
+                assert all(torch.equal(one[n], other[n]) for n in one)
+
+
+class Rotary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("angles", torch.arange(4.0), persistent=False)
+
+
+class Custom(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def init_weights(self):
+        self.inner.weight.fill_(1)
+
+
+class Owner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+
+
+class Forgets(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Filling()
+
+
+class Filling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("table", torch.ones(2, dtype=torch.int64))
+
+    def reset_parameters(self):
+        nn.init.ones_(self.weight)
+
+
+def refused(kind, device):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 2), kind())
+    try:
+        nemo2.parallelize(model, nemo2.make_mesh(device=device))
+    except nemo2.Nemo2Error as error:
+        return str(error)
+    return "accepted"
+
+
+def test_rotary_buffers_uninitialised_after_meta_are_refused(pool):
+    (text,) = pool.run(1, refused, Rotary, pool.device)
+    assert "'1' (Rotary) has no reset_parameters for buffer 'angles'" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Custom, "'1' (Custom) has init_weights, which may set its submodules"),
+        (Owner, "'1' (Owner) has no reset_parameters for parameter 'scale'"),
+        (Forgets, "reset_parameters of '1.inner' (Filling) does not fill 'table'"),
+        (functools.partial(nn.MultiheadAttention, 4, 1), "has _reset_parameters, which may"),
+    ],
+    ids=["custom", "owner", "forgets", "transformer"],
+)
+def test_what_meta_cannot_draw_again_is_refused(pool, kind, message):
+    (text,) = pool.run(1, refused, kind, pool.device)
+    assert message in text
