@@ -298,7 +298,8 @@ class ParallelModel(nn.Module):
 
         And whether dp ranks may skip blocks.
         """
-        alone, still = self._alone, ()
+        alone = self._alone
+        still: Any = None
         if alone and not self.managed:
             still = (key, flags(self.module), torch.is_grad_enabled())
             trains = any(m.training for m in self.module.modules())

@@ -104,7 +104,7 @@ class StepPlan:
     borrowed: Mapping[str, tuple[int, ...]]
     output: tuple[Sharding, ...]
     trace: Trace
-    randomness: Randomness = Randomness()
+    randomness: Randomness
 
 
 @dataclass(frozen=True)

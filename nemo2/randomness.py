@@ -23,11 +23,10 @@ from .trace import Activation, Event, Trace
 
 Counts = Mapping[Counter, int]
 
-_GENERATORS = set(
-    "rand randn randint randperm rand_like randn_like randint_like bernoulli bernoulli_ multinomial"
-    " normal normal_ uniform_ exponential_ poisson random_ geometric_ cauchy_ log_normal_"
-    " gumbel_softmax".split()
-)
+_GENERATORS = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like"}
+_GENERATORS |= {"bernoulli", "bernoulli_", "multinomial", "normal", "normal_", "uniform_"}
+_GENERATORS |= {"exponential_", "poisson", "random_", "geometric_", "cauchy_", "log_normal_"}
+_GENERATORS |= {"gumbel_softmax"}
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _MAYBE = ("rrelu", "rrelu_", "feature_alpha_dropout", "feature_alpha_dropout_")
 

@@ -446,8 +446,8 @@ class Recorder(Watcher):
         )
 
 
-_LEAVES = (nn.Linear.forward, nn.Embedding.forward, nn.Dropout.forward, nn.AlphaDropout.forward)
-_LEAVES = (*_LEAVES, nn.Dropout1d.forward, nn.Dropout2d.forward, nn.Dropout3d.forward)
+_DROPOUTS = (nn.Dropout, nn.AlphaDropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_LEAVES = tuple(kind.forward for kind in (nn.Linear, nn.Embedding, *_DROPOUTS))
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
+import hashlib
 import math
 
 import pytest
@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import nemo2
 from nemo2 import Pipeline, shard
 from nemo2.sharding.counter import keep_mask, key_of
+from nemo2.sharding.dropout import Draw, Site, begin, drawing, run_dropout
+from nemo2.sharding.layout import WHOLE
 from tests.models import VOCAB, WIDTH, next_token, token_ids
 
 
@@ -158,6 +160,172 @@ def test_training_with_dropout_is_the_same_on_any_mesh(pool, common):
     equal(pool, 2, functools.partial(GPT, common=common), TWO)
 
 
+# --- the masks themselves
+
+
+def kept(step=1, first=0, module="drop", p=0.5, shape=(4, 64, 32)):
+    """Return where dropout keeps its operand, by the way a run takes."""
+    draw = Draw(WHOLE, shape, ((0, 1),))
+    args = (torch.ones(shape), p, True)
+    with torch.random.fork_rng(), drawing():
+        begin(3, step, (0,), first)
+        return run_dropout(Site((module, 0), (draw,)), {}, "dropout", F.dropout, args, {})
+
+
+def test_masks_have_the_right_share_and_scale():
+    for p in (0.05, 0.5, 0.9):
+        x = kept(p=p, shape=(64, 64, 64))
+        values = x.unique()
+        assert torch.allclose(values, torch.tensor([0.0, 1 / (1 - p)]))
+        assert abs((x == 0).double().mean() - p) < 4 * math.sqrt(p * (1 - p) / x.numel())
+    assert kept(p=1.0).eq(0).all()
+    assert kept(p=0.0).eq(1).all()
+
+
+def test_masks_of_steps_samples_modules_and_neighbours_are_unrelated():
+    whole = kept(shape=(64, 64, 32)) - 1
+    others = [kept(step=2, shape=(64, 64, 32)) - 1, kept(module="other", shape=(64, 64, 32)) - 1]
+    others += [whole.roll(n, d) for d in range(3) for n in (1, 2, 7, 16)]
+    bound = 5 / math.sqrt(whole.numel())
+    for other in others:
+        assert abs((whole * other).mean()) < bound
+
+
+def test_rows_are_independent_of_each_other():
+    """All pairs of rows: the spread of their agreement is that of coins."""
+    positions = [torch.arange(512), torch.arange(2048)]
+    coins = keep_mask(key_of("pairs"), positions, 0.5).double() * 2 - 1
+    pairs = (coins @ coins.T / math.sqrt(2048)).triu(1)
+    spread = pairs[pairs != 0].std()
+    assert abs(spread - 1) < 0.02
+    assert pairs.abs().max() < 6
+
+
+def test_a_sample_has_its_mask_wherever_it_is():
+    assert torch.equal(kept()[2:], kept(first=2, shape=(2, 64, 32)))
+    assert not torch.equal(kept()[:2], kept()[2:])
+
+
+def test_bits_are_these_on_every_device_and_build():
+    positions = [torch.arange(3), torch.arange(1000)]
+    text = keep_mask(key_of(1, "layers.0"), positions, 0.7).to(torch.uint8).numpy().tobytes()
+    assert hashlib.sha256(text).hexdigest()[:12] == "05bf8c161f18"
+
+
+# --- what runs where
+
+
+class Small(nn.Module):
+    """Dropout of the batch itself, of weights, and of one module on operands of two shapes."""
+
+    def __init__(self, odd=""):
+        super().__init__()
+        self.odd, self.drop, self.out = odd, nn.Dropout(0.3), nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = F.dropout(x, 0.2, self.training) @ F.dropout(self.out.weight, 0.2, self.training)
+        if self.odd == "reads" and len(y.detach().nonzero()) > 1e9:
+            y = y * 2
+        if self.odd == "size":
+            y = y + x.new_zeros(2, 1, 4).expand(2, len(x) // 2, 4).flatten(0, 1)
+        if self.odd == "noise":
+            y = y + torch.rand(4)
+        if self.odd == "path" and torch.rand(()) < 0.5:
+            y = F.dropout(F.dropout(y * 2, 0.1, self.training), 0.1, self.training)
+        if self.odd == "part":
+            y = checkpoint(lambda z: F.dropout(z, 0.5).tanh(), y, use_reentrant=False)
+        y = self.drop(self.drop(y)[:, None, :].expand(-1, 3, -1) * 1.0)
+        return self.out(y).square().sum((1, 2)).mean()
+
+
+def call(model, x):
+    return model(x)
+
+
+def small(odd, mesh, device, **options):
+    torch.manual_seed(0)
+    model = Small(odd).double()
+    x = torch.rand(8, 4, dtype=torch.float64)
+    parallel = nemo2.parallelize(model, nemo2.make_mesh(**mesh, device=device), **options)
+    own = x.chunk(parallel.plan.sizes.dp)[parallel.groups.dp_rank]
+    losses = [float(parallel.backward(call, own)) for _ in range(3)]
+    parallel.eval()
+    model.eval()
+    out = parallel(own)
+    assert abs(float(out) - model(own.to("cpu")).item()) < 1e-12  # eval draws nothing
+    return losses
+
+
+def test_dropout_of_inputs_weights_and_many_shapes(pool):
+    (one,) = pool.run(1, small, "", {}, pool.device)
+    assert len(set(one)) == 3
+    for other in pool.run(2, small, "", {"dp": 2}, pool.device, **pipeline(2)):
+        assert other == pytest.approx(one, abs=1e-12)
+
+
+@pytest.mark.parametrize("odd", ["reads", "size", "noise", "path", "part"])
+def test_steps_that_cannot_be_keyed_run_on_one_device(pool, odd):
+    (losses,) = pool.run(1, small, odd, {}, pool.device)
+    assert len(set(losses)) == 3
+
+
+def seeded_inside(model, x):
+    torch.manual_seed(1)
+    return model(x)
+
+
+def seeds_inside(device):
+    parallel = nemo2.parallelize(Small(), nemo2.make_mesh(device=device))
+    try:
+        parallel.backward(seeded_inside, torch.rand(2, 4))
+    except nemo2.Nemo2Error as error:
+        return str(error)
+    return ""
+
+
+def test_a_step_that_seeds_torch_is_refused(pool):
+    assert "torch's generator was seeded inside of a step" in pool.run(1, seeds_inside, "cpu")[0]
+
+
+def lines(model, step, batch, mesh="tp=2"):
+    text = str(nemo2.plan(model, mesh, step=step, batch=batch))
+    return [" ".join(line.split()) for line in text.partition("random numbers")[2].splitlines()]
+
+
+def test_the_plan_says_what_draws():
+    keyed = "keyed, independent of the mesh"
+    text = lines(GPT(2), next_token, token_ids(2))
+    assert f"layers.*.attend x2 dropout {keyed}" in text
+    assert f"layers.*.drop x2 dropout {keyed}" in text
+    assert lines(GPT(2).eval(), next_token, token_ids(2)) == []
+    x = torch.ones(4, 4)
+    own = "draws its own numbers:"
+    assert f"(step) rand {own} a generator without positions" in lines(Small("noise"), call, x)
+    again = "in a part of a forward that is checkpointed by itself"
+    assert f"(step) dropout {own} {again}" in lines(Small("part"), call, x)
+    fixed = lines(Small("size"), lambda m, b: m(b) + b.new_zeros(4)[len(b) - 1], x)
+    assert f"drop dropout {own} the step cannot be planned with another batch size" in fixed
+    inside = lines(nn.TransformerEncoderLayer(8, 2, 8, 0.1), call_sum, torch.ones(4, 2, 8))
+    kernel = "dropout_p=0.1 inside its kernel"
+    assert f"self_attn scaled_dot_product_attention {own} {kernel}" in inside
+
+
+def call_sum(model, x):
+    return model(x).sum()
+
+
+def verified(mesh, **options):
+    report = nemo2.verify(functools.partial(GPT, 2), token_ids(4), next_token, mesh, **options)
+    return report.ok, str(report)
+
+
+def test_verify_compares_with_a_mesh_of_one(pool):
+    for mesh, options in (({"tp": 2}, {}), ({"dp": 2}, pipeline(2))):
+        for ok, text in pool.run(2, verified, mesh, **options):
+            assert ok, text
+            assert "note: dropout is on: one device is nemo2 on a mesh of one" in text
+
+
 def test_context_parallel(pool):
     cases = [({"cp": 2}, {}), ({"cp": 2}, {"context_parallel": "ulysses", **pipeline(2)})]
     equal(pool, 2, functools.partial(GPT, by_hand=False), cases)
@@ -238,7 +406,8 @@ def drawn(mesh, device, **options):
 def test_weights_of_a_model_on_meta_do_not_depend_on_the_mesh(pool):
     (one,) = pool.run(1, drawn, {}, pool.device)
     assert torch.equal(one["head.weight"], one["embed.weight"])
-    assert one["embed.weight"][0].eq(0).all() and one["embed.weight"][1:].std() > 0.9
+    assert one["embed.weight"][0].eq(0).all()
+    assert one["embed.weight"][1:].std() > 0.9
     assert one["stats.running_var"].eq(1).all()
     assert not torch.equal(one["layers.0.up.weight"], one["layers.1.up.weight"])
     bound = 1 / math.sqrt(WIDTH)

@@ -60,8 +60,8 @@ def checked_loss(result: Any) -> tuple[Tensor, Any]:
 class Program:
     """A stage of this rank as Megatron's schedule sees it.
 
-    ``begin(stage, microbatch)`` starts the random numbers of each forward. Forward only, the schedule may ask for
-    more microbatches than there are ``parts``: those compute nothing.
+    ``begin(stage, microbatch)`` starts the random numbers of each forward. Forward only, the
+    schedule may ask for more microbatches than there are ``parts``: those compute nothing.
     """
 
     def __init__(

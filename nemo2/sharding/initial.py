@@ -120,7 +120,9 @@ def _on_meta(module: nn.Module) -> bool:
 
 
 def _kinds(module: nn.Module) -> str:
-    found = [f"parameter '{n}'" for n, p in module._parameters.items() if p is not None and p.is_meta]
+    found = [
+        f"parameter '{n}'" for n, p in module._parameters.items() if p is not None and p.is_meta
+    ]
     found += [f"buffer '{n}'" for n, b in module._buffers.items() if b is not None and b.is_meta]
     return ", ".join(found[:4])
 
