@@ -44,6 +44,8 @@ class ParallelModel(nn.Module):
         params: original name -> DTensor parameter, those of this rank's stage.
         plan: the frozen analysis, printable.
         mesh: the ``DeviceMesh``.
+        dealt: whether the samples of the global batch are dealt out to dp coordinates one by one
+            (as samplers do), instead of in parts; only dropout asks for their numbers.
     """
 
     runner: StageRunner
@@ -66,7 +68,7 @@ class ParallelModel(nn.Module):
         self.__dict__["runner"] = runner  # not a submodule: parameter names stay the original ones
         self.__dict__["managed"] = managed
         self.plan, self.mesh, self.groups, self.storage = plan, mesh, groups, storage
-        self.ties, self.seed, self.steps = ties, seed, 0
+        self.ties, self.seed, self.steps, self.dealt = ties, seed, 0, False
         self.__dict__["places"] = tuple(places)
         self._data_parallel = DataParallelRun(plan, runner, managed, storage, groups)
         self._step_plans: OrderedDict[Any, tuple[StepPlan | None, bool]] = OrderedDict()
@@ -398,9 +400,11 @@ class ParallelModel(nn.Module):
         plan = self.runner.step_plan
         if not self.module.training and (plan is None or not plan.randomness.keyed):
             return None
-        first = (self.groups.dp_rank * count + microbatch) * size
-        coordinates = (self.groups.dp_rank, stage, microbatch)
-        return begin(self.seed, self.steps, coordinates, first)
+        dp_rank, dp = self.groups.dp_rank, self.groups.sizes.dp
+        first, stride = (dp_rank * count + microbatch) * size, 1
+        if self.dealt:
+            first, stride = microbatch * size * dp + dp_rank, dp
+        return begin(self.seed, self.steps, (dp_rank, stage, microbatch), first, stride)
 
     def _to_device(self, batch: Any) -> Any:
         device = self.groups.device

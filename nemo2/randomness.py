@@ -60,6 +60,8 @@ def draws(name: str, args: Any, kwargs: Any) -> str:
     if name == "scaled_dot_product_attention":
         p = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
         return f"dropout_p={p} inside its kernel" if p else ""
+    if name == "native_dropout":
+        return "a generator without positions"
     if name in _GENERATORS:
         own = kwargs.get("generator") is not None
         return "" if own else "a generator without positions"

@@ -163,12 +163,12 @@ def test_training_with_dropout_is_the_same_on_any_mesh(pool, common):
 # --- the masks themselves
 
 
-def kept(step=1, first=0, module="drop", p=0.5, shape=(4, 64, 32)):
+def kept(step=1, first=0, stride=1, module="drop", p=0.5, shape=(4, 64, 32)):
     """Return where dropout keeps its operand, by the way a run takes."""
     draw = Draw(WHOLE, shape, ((0, 1),))
     args = (torch.ones(shape), p, True)
     with torch.random.fork_rng(), drawing():
-        begin(3, step, (0,), first)
+        begin(3, step, (0,), first, stride)
         return run_dropout(Site((module, 0), (draw,)), {}, "dropout", F.dropout, args, {})
 
 
@@ -203,6 +203,7 @@ def test_rows_are_independent_of_each_other():
 
 def test_a_sample_has_its_mask_wherever_it_is():
     assert torch.equal(kept()[2:], kept(first=2, shape=(2, 64, 32)))
+    assert torch.equal(kept()[1::2], kept(first=1, stride=2, shape=(2, 64, 32)))
     assert not torch.equal(kept()[:2], kept()[2:])
 
 

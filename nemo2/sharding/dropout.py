@@ -64,14 +64,14 @@ class Forward:
 
     Attributes:
         key: (seed, step).
-        first: the microbatch's first global sample.
+        first: the microbatch's first global sample; ``stride``: how far the next one is.
         counts: of sites with several draws, how often each was called.
         log: which call of its site each call of such a site was, in order.
     """
 
-    token: int
     key: tuple[int, int]
     first: int
+    stride: int = 1
     counts: dict[Counter, int] = field(default_factory=dict)
     log: list[int] = field(default_factory=list)
 
@@ -97,16 +97,18 @@ def drawing() -> Iterator[None]:
         _forwards.update(before)
 
 
-def begin(seed: int, step: int, coordinates: tuple[int, ...], first: int) -> Forward:
+def begin(
+    seed: int, step: int, coordinates: tuple[int, ...], first: int, stride: int = 1
+) -> Forward:
     """Start a forward: seeds torch's generators, from which what is not keyed draws.
 
     Args:
         coordinates: what tells it from the run's other forwards, and its rank from others.
-        first: the first global sample of its microbatch.
+        first: the first global sample of its microbatch; ``stride``: how far the next one is.
     """
     token = seed_of(seed, step, coordinates)
     torch.manual_seed(token)
-    made = _forwards[token >> _CALLS] = Forward(token, (seed, step), first)
+    made = _forwards[token >> _CALLS] = Forward((seed, step), first, stride)
     return made
 
 
@@ -188,9 +190,9 @@ def run_dropout(
         return func(*args, **kwargs)
     forward = _current()
     dims = _masked_dims(name, x.ndim)
-    positions = [
-        _positions(d, draw, axes, forward.first, x) for d in range(x.ndim) if d in dims
-    ] or [torch.zeros(1, dtype=torch.int64, device=x.device)]
+    positions = [_positions(d, draw, axes, forward, x) for d in range(x.ndim) if d in dims] or [
+        torch.zeros(1, dtype=torch.int64, device=x.device)
+    ]
     kept = keep_mask(key_of(forward.key, site.counter, ordinal), positions, 1.0 - p)
     kept = kept.view([x.shape[d] if d in dims else 1 for d in range(x.ndim)])
     if name.startswith("alpha"):
@@ -210,15 +212,20 @@ def _masked_dims(name: str, ndim: int) -> range:
     return range(1 if alone else 2)
 
 
-def _positions(dim: int, draw: Draw, axes: Mapping[str, Axis], first: int, x: Tensor) -> Tensor:
+def _positions(
+    dim: int, draw: Draw, axes: Mapping[str, Axis], forward: Forward, x: Tensor
+) -> Tensor:
     """Return the global positions along ``dim`` of the elements of ``x``, this rank's part."""
     split = any(layout.dim == dim for layout in draw.layouts)
     made = torch.arange(draw.shape[dim] if split else x.shape[dim], device=x.device)
     for name, layout in zip(AXES, draw.layouts, strict=True):
         if layout.dim == dim:
             made = collectives.split(made, layout.at(0), axes[name])
-    offset = sum(first * each for d, each in draw.samples if d == dim)
-    return made + offset if offset else made
+    for d, each in draw.samples:
+        if d == dim:
+            sample = torch.div(made, each, rounding_mode="floor")
+            made = (forward.first + sample * forward.stride) * each + made % each
+    return made
 
 
 class _Dropout(torch.autograd.Function):
