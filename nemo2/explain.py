@@ -12,6 +12,7 @@ from .communication import boundary_bytes, collectives, data_parallel
 from .options import DataParallel
 from .pipeline.stages import block_of
 from .plan import ParamPlan, Plan, StepPlan
+from .randomness import Randomness
 
 if TYPE_CHECKING:
     from .model import ParallelModel
@@ -40,7 +41,8 @@ def tables(plan: Plan) -> str:
         head += f", virtual_stages={options.pipeline.virtual_stages}"
     parts = [
         head,
-        "weights and buffers: copied from the first rank of the mesh",
+        "weights and buffers: copied from the first rank of the mesh; those on meta are drawn by"
+        " module name, the same on any mesh",
         _parameters(plan),
         _stages(plan),
     ]
@@ -51,6 +53,7 @@ def tables(plan: Plan) -> str:
         )
     else:
         parts += [_boundaries(plan, plan.step), _collectives(plan, plan.step), _modules(plan.step)]
+        parts.append(_randomness(plan.step.randomness))
     return "\n\n".join(p for p in parts if p)
 
 
@@ -254,6 +257,21 @@ def _end_of_step(plan: Plan) -> list[tuple[object, ...]]:
     return rows
 
 
+def _randomness(random: Randomness) -> str:
+    """Say which modules' random numbers depend on the mesh, and why."""
+    keyed = Counter(_family(name) or "(step)" for name in random.keyed)
+    rows = [
+        (f"{name} x{n}" if n > 1 else name, "dropout", "keyed, independent of the mesh")
+        for name, n in keyed.items()
+    ]
+    own = Counter((_family(name) or "(step)", call, why) for name, call, why in random.own)
+    rows += [
+        (f"{name} x{n}" if n > 1 else name, call, f"draws its own numbers: {why}")
+        for (name, call, why), n in own.items()
+    ]
+    return table("random numbers", ("module", "call", ""), rows) if rows else ""
+
+
 def _modules(step: StepPlan) -> str:
     """Say how each module that tensor parallelism touches runs."""
     groups: dict[tuple[str, str], int] = {}
@@ -263,8 +281,11 @@ def _modules(step: StepPlan) -> str:
             "embedding": "rows of the table here, then all-reduce",
         }
         key = (_family(name), how.get(action.kind, "column-split"))
-        groups[key] = groups.get(key, 0) + 1
+        if action.kind != "dropout":
+            groups[key] = groups.get(key, 0) + 1
     for name in step.programs.scripts:
+        if step.programs.scripts[name].only_draws:
+            continue
         if name or any(
             a.kind != "call" or a.fixes for a in step.programs.scripts[name].actions.values()
         ):

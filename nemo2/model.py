@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .errors import Nemo2Error
+from .errors import Nemo2Error, PipelineError
 from .mesh.groups import MeshGroups
 from .pipeline.absent import NeedsValueError
 from .pipeline.identity import flags, identity
 from .pipeline.megatron import Chunk, Groups, run_schedule
-from .pipeline.microbatch import split_batch
+from .pipeline.microbatch import plan_batch, split_batch
 from .pipeline.program import Losses, Program
 from .pipeline.runner import StageRunner, Step
 from .places import Place
@@ -26,6 +27,7 @@ from .planning import unfused_layers
 from .pytree import tree_flatten, tree_unflatten
 from .sharding.borrow import Loan, give_back, lent, make_loans
 from .sharding.data_parallel import DataParallelRun
+from .sharding.dropout import Forward, begin, drawing, seed_of
 from .sharding.fused import in_rank_order, is_fused
 from .sharding.reduce import gradient, norm_of, reduce_gradients, scale_gradients
 from .sharding.state import copy_into, gather_params, whole_if_fused
@@ -42,6 +44,8 @@ class ParallelModel(nn.Module):
         params: original name -> DTensor parameter, those of this rank's stage.
         plan: the frozen analysis, printable.
         mesh: the ``DeviceMesh``.
+        dealt: whether the samples of the global batch are dealt out to dp coordinates one by one
+            (as samplers do), instead of in parts; only dropout asks for their numbers.
     """
 
     runner: StageRunner
@@ -64,7 +68,7 @@ class ParallelModel(nn.Module):
         self.__dict__["runner"] = runner  # not a submodule: parameter names stay the original ones
         self.__dict__["managed"] = managed
         self.plan, self.mesh, self.groups, self.storage = plan, mesh, groups, storage
-        self.ties, self.seed, self.steps = ties, seed, 0
+        self.ties, self.seed, self.steps, self.dealt = ties, seed, 0, False
         self.__dict__["places"] = tuple(places)
         self._data_parallel = DataParallelRun(plan, runner, managed, storage, groups)
         self._step_plans: OrderedDict[Any, tuple[StepPlan | None, bool]] = OrderedDict()
@@ -232,7 +236,7 @@ class ParallelModel(nn.Module):
         loss, count = self._global_loss(losses)
         step_plan = self.runner.step_plan
         partial = step_plan.partial if step_plan is not None else frozenset()
-        planned = step_plan is not None and step_plan.trace.complete
+        planned = step_plan is not None and step_plan.trace.complete and not self._alone
         used = frozenset(step_plan.trace.param_uses) if step_plan is not None and planned else None
         reduce_gradients(self.storage, self.groups, partial, self.ties, used)
         give_back(self._loans(step_plan), self.storage, self.groups, partial)
@@ -258,16 +262,16 @@ class ParallelModel(nn.Module):
         with self.storage.computing(), ExitStack() as stack:
             stack.enter_context(unfused_layers())
             step_plan, may_skip = self._plan_for(step, parts[0], key)
-            if step_plan is not None:
-                runner.use(step_plan)
+            runner.use(step_plan)
             stack.enter_context(lent(self._loans(step_plan), self.storage, groups))
             stack.enter_context(self._seeded())
             stack.enter_context(
                 self._data_parallel.running(may_skip=may_skip, forward_only=forward_only)
             )
+            begin = partial(self._begin, _size_of(parts[0]), len(parts))
             chunks = [
                 Chunk(
-                    Program(runner, stage, step, parts, forward_only, self.seed_for),
+                    Program(runner, stage, step, parts, forward_only, begin),
                     runner.incoming(stage),
                     runner.outgoing(stage),
                 )
@@ -296,10 +300,13 @@ class ParallelModel(nn.Module):
 
         And whether dp ranks may skip blocks.
         """
-        sizes = self.plan.sizes
-        alone = sizes.tp == sizes.pp == sizes.cp == 1
+        alone = self._alone
+        still: Any = None
         if alone and not self.managed:
-            return None, False
+            still = (key, flags(self.module), torch.is_grad_enabled())
+            trains = any(m.training for m in self.module.modules())
+            if not trains or still in self._step_plans:  # it draws nothing
+                return None, False
         leaves, spec = tree_flatten(batch)
         shapes = tuple(
             (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else _hashable(x) for x in leaves
@@ -307,7 +314,11 @@ class ParallelModel(nn.Module):
         full = (key, spec, shapes, flags(self.module), torch.is_grad_enabled())
         if full not in self._step_plans:
             made, may_skip = self._plan_step(step, batch, alone)
-            self._step_plans[full] = None if alone else made, may_skip
+            if still and made is not None and not made.randomness.keyed:
+                full = still
+            if alone and made is not None and not made.randomness.keyed:
+                made = None
+            self._step_plans[full] = made, may_skip
             while len(self._step_plans) > 64:
                 self._step_plans.popitem(last=False)
         return self._step_plans[full]
@@ -330,6 +341,10 @@ class ParallelModel(nn.Module):
                 if not alone:
                     raise
                 return None, watch.may_skip
+            except Exception:  # if it is the user's, the run itself raises it
+                if not alone or self.managed:
+                    raise
+                return None, False
         if self.managed:
             refuse_uses_outside(made.trace, self.plan)
         return made, watch.may_skip
@@ -363,16 +378,33 @@ class ParallelModel(nn.Module):
         loss = torch.tensor(value, dtype=_DTYPES[round(dtype / ranks)], device=self.groups.device)
         return loss, count
 
+    @property
+    def _alone(self) -> bool:
+        """Whether one rank holds the whole model, and its code may take any path."""
+        sizes = self.plan.sizes
+        return sizes.tp == sizes.pp == sizes.cp == 1
+
     @contextmanager
     def _seeded(self) -> Iterator[None]:
         """Keep the user's generators as they are; each microbatch draws from its own seed."""
         devices = [self.groups.device] if self.groups.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), drawing():
             yield
 
     def seed_for(self, stage: int, microbatch: int) -> int:
-        parts = (self.seed, self.steps, self.groups.dp_rank, stage, microbatch)
-        return hash(parts) & 0x7FFF_FFFF_FFFF_FFFF
+        """Return the seed of torch's generators, for what is not keyed dropout."""
+        return seed_of(self.seed, self.steps, (self.groups.dp_rank, stage, microbatch))
+
+    def _begin(self, size: int, count: int, stage: int, microbatch: int) -> Forward | None:
+        """Start the random numbers of one forward, of one of ``count`` microbatches of ``size``."""
+        plan = self.runner.step_plan
+        if not self.module.training and (plan is None or not plan.randomness.keyed):
+            return None
+        dp_rank, dp = self.groups.dp_rank, self.groups.sizes.dp
+        first, stride = (dp_rank * count + microbatch) * size, 1
+        if self.dealt:
+            first, stride = microbatch * size * dp + dp_rank, dp
+        return begin(self.seed, self.steps, (dp_rank, stage, microbatch), first, stride)
 
     def _to_device(self, batch: Any) -> Any:
         device = self.groups.device
@@ -387,6 +419,14 @@ class ParallelModel(nn.Module):
                 " its gradients cross ranks\n"
                 "  options: nemo2.value_and_grad(loss_fn, model)(model.params, batch) | nemo2.grad"
             )
+
+
+def _size_of(batch: Any) -> int:
+    """Return the number of samples; 0 for a batch that names none, where nothing asks for it."""
+    try:
+        return plan_batch(batch, 1).size
+    except PipelineError:
+        return 0
 
 
 def _hashable(x: Any) -> Any:

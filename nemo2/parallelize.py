@@ -33,10 +33,13 @@ def parallelize(
     """Return ``model`` split over ``mesh`` as its annotations say.
 
     The caller's module is left alone unless ``inplace``. Weights and buffers are those of
-    the mesh's first rank, whatever the others drew.
+    the mesh's first rank, whatever the others drew. What is on meta is drawn, module by module,
+    by the modules' own ``reset_parameters``, from the first rank's ``torch.initial_seed()`` and
+    the module's name: the same on every mesh.
 
     Args:
-        model: an annotated module with values (not on meta); the same on every rank.
+        model: an annotated module, the same on every rank; may be on meta where each module
+            that owns tensors has a ``reset_parameters`` that fills them.
         mesh: from ``make_mesh``; axes it lacks have size 1.
         data_parallel: ``"fsdp"``, ``"zero1"``, ``"ddp"`` or a ``DataParallel``.
         pipeline: microbatches and schedule.
@@ -44,7 +47,7 @@ def parallelize(
         options: ``context_parallel``, ``sequence_parallel``, ``precision``, ``remat`` and
             ``compile`` of the plan; what is not built yet raises.
 
-    Communication: one broadcast of each parameter and buffer from the first rank.
+    Communication: one broadcast of each parameter and buffer with values from the first rank.
     Raises: Nemo2Error and its subclasses, from the plan, on all ranks alike.
     """
     # DTensor, which these need, takes half a second to import.
@@ -57,7 +60,8 @@ def parallelize(
     check_same_everywhere(planned, groups)
     module = model if inplace else _copy_without_parameters(model)
     where = places(module)
-    entries = place(planned, model, where, module, groups)
+    seed = _seed(groups)
+    entries = place(planned, model, where, module, groups, seed)
     runner = StageRunner(module, planned, groups, where)
     managed: list[nn.Module] = []
     data = groups.data_mesh
@@ -69,9 +73,7 @@ def parallelize(
     runner.split_into_stages()
     storage = finish(entries, storage_mesh(groups, data))
     ties = _tie_groups(planned, groups)
-    return ParallelModel(
-        runner, planned, groups, storage, managed, ties, mesh, _seed(groups), where
-    )
+    return ParallelModel(runner, planned, groups, storage, managed, ties, mesh, seed, where)
 
 
 def _copy_without_parameters(model: nn.Module) -> nn.Module:

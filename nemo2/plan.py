@@ -32,6 +32,7 @@ from .pipeline.stages import (
 )
 from .places import Place, places
 from .planning import planning, run_step
+from .randomness import Randomness, key_dropout
 from .record import Recorder, Setting
 from .sharding.annotate import Mark, check, collect
 from .sharding.layout import REPLICATED, Layout, Sharding
@@ -93,6 +94,7 @@ class StepPlan:
         borrowed: parameters used on stages that do not hold them: name -> stages (the same
             rank may run a stage that holds them).
         output: per leaf of the step's result, its layout.
+        randomness: which calls draw random numbers, and how.
     """
 
     programs: Programs
@@ -102,6 +104,7 @@ class StepPlan:
     borrowed: Mapping[str, tuple[int, ...]]
     output: tuple[Sharding, ...]
     trace: Trace
+    randomness: Randomness
 
 
 @dataclass(frozen=True)
@@ -303,6 +306,7 @@ def plan_step(
             return prover.attempt(lambda: step(model, batch))
 
     setting, trace = _settle(plan, batch, record)
+    randomness = key_dropout(trace, batch, lambda given: record(Setting(), given))
     boundaries = crossings(trace, plan.stages)
     captured = {c.key for b in boundaries for c in b}
     mixed = [n for n in trace.partial_uses if n in trace.full_uses]
@@ -321,6 +325,7 @@ def plan_step(
         borrowed,
         trace.output_layouts,
         trace,
+        randomness,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from .errors import PipelineError
 from .pipeline.absent import (
@@ -26,9 +27,11 @@ from .pipeline.absent import (
     user_line,
 )
 from .pytree import tree_flatten, tree_leaves, tree_unflatten
+from .randomness import draws
 from .sharding.actions import COMPOSITE, Watcher, suspended
 from .sharding.calls import Call, Decision, Scene, differentiable, refuse
 from .sharding.decide import decide
+from .sharding.dropout import is_dropout
 from .sharding.functions import check_function
 from .sharding.layout import AXES, WHOLE, Layout, Sharding, local_shape, sharding
 from .sharding.rules import is_query
@@ -110,7 +113,11 @@ class Recorder(Watcher):
         if not absents:
             out = func(*args, **kwargs)
             literals = tuple(x for x in leaves if not isinstance(x, Tensor))
-            self.stack[-1].items.append(Event(number, name, None, literals, (), (), ()))
+            event = Event(number, name, None, literals, (), (), ())
+            if is_dropout(name):
+                event.output_shapes = tuple(tuple(x.shape) for x in tree_leaves(out))
+            self._note_draws(event, args, kwargs)
+            self.stack[-1].items.append(event)
             return out
         if name in _SCALAR_READS and absents[0].meta.numel() == 1 and self.after_blocks():
             self.stack[-1].items.append(Event(number, name, None, (), (), (), ()))
@@ -146,8 +153,19 @@ class Recorder(Watcher):
                 x.needs_grad = grad and differentiable(x.meta)
         if grad and is_inplace(name):
             self._spread_gradient(call.operands[0].meta)
-        self.stack[-1].items.append(self._event(number, calls, decision, out, outs))
+        event = self._event(number, calls, decision, out, outs)
+        self._note_draws(event, args, kwargs)
+        self.stack[-1].items.append(event)
         return out
+
+    def _note_draws(self, event: Event, args: Any, kwargs: Any) -> None:
+        """Say whether a checkpoint runs the call again, and how it draws random numbers."""
+        activation = self.stack[-1]
+        event.again = (
+            saved_hooks() is not activation.hooks
+            or CheckpointFunction in self.functions[activation.depth :]
+        )
+        event.draws = draws(event.name, args, kwargs)
 
     def _spread_gradient(self, written: Tensor) -> None:
         """After a write in place a gradient flows through all that shares the memory."""
@@ -212,7 +230,6 @@ class Recorder(Watcher):
             tuple(tuple(x.meta.shape) for x in outs),
         )
         event.output = self._shape_of_output(out)
-        event.again = saved_hooks() is not self.stack[-1].hooks
         event.wants_grad = tuple(op.needs_grad for op in call.operands)
         event.operand_leaves = tuple(op.leaves for op in call.operands)
         event.operand_layouts = layouts
@@ -267,7 +284,7 @@ class Recorder(Watcher):
             if block is not None:
                 self._enter_block(name, block, ordinal)
                 self._note_uses([x for x in tree_leaves((args, kwargs)) if is_absent(x)])
-        activation = Activation(name, ordinal, is_leaf(module), block)
+        activation = Activation(name, ordinal, is_leaf(module), block, depth=len(self.functions))
         self.stack[-1].items.append(activation)
         with suspended():
             args, kwargs = self._enter(activation, args, kwargs)
@@ -429,7 +446,8 @@ class Recorder(Watcher):
         )
 
 
-_LEAVES = (nn.Linear.forward, nn.Embedding.forward)
+_DROPOUTS = (nn.Dropout, nn.AlphaDropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_LEAVES = tuple(kind.forward for kind in (nn.Linear, nn.Embedding, *_DROPOUTS))
 
 
 def is_leaf(module: nn.Module) -> bool:

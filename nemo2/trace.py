@@ -33,6 +33,7 @@ class Event:
     dtype: torch.dtype | None = None
     output: Any = None
     again: bool = False  # a checkpoint inside the module's forward runs it again in backward
+    draws: str = ""  # what it does with random numbers: "dropout", or how it draws its own
 
     def local_of_cp(self, index: int, cp: int) -> tuple[int, ...]:
         """Return the shape of an operand that is whole over ``tp`` but split over ``cp``."""
@@ -82,6 +83,7 @@ class Activation:
     Attributes:
         inputs, outputs: the tensors given and (by key) returned.
         entries, exits: what nemo2 does to some of them on the way in and out.
+        depth: how many custom autograd functions were running.
     """
 
     module: str
@@ -94,6 +96,7 @@ class Activation:
     outputs: tuple[Any, ...] = ()
     entries: tuple[Entry, ...] = ()
     exits: tuple[Entry, ...] = ()
+    depth: int = 0
 
     def events(self) -> Iterator[Event]:
         return (x for x in self.items if isinstance(x, Event))

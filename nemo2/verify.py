@@ -25,6 +25,7 @@ from .parallelize import parallelize
 from .pipeline.microbatch import split_batch
 from .pipeline.program import checked_loss
 from .pytree import tree_map
+from .randomness import Randomness
 from .sharding.annotate import annotate
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class _Job:
         alone = copy.deepcopy(model).to(home)
         rtol = self.rtol or _RTOL.get(self.dtype, 1e-2)
         report = compare(parallel, alone, whole, self._loss_fn, rtol)
-        if not report.loss.ok:
+        if not report.loss.ok and not report.note:
             return self._explain_mean(report, parallel, model.to(home), whole)
         return report
 
@@ -229,12 +230,18 @@ def compare(
 ) -> Report:
     """Run one training step on both and compare; ``whole`` is the global batch on the device.
 
+    With dropout, the one device is a mesh of one, whose masks are those of any mesh.
     Both take one AdamW step: ``parallel`` and ``alone`` are changed.
     """
     groups, names = parallel.groups, [p.name for p in parallel.plan.params]
-    loss, reference = _step_alone(alone, whole, loss_fn)
     own = split_batch(whole, groups.sizes.dp)[groups.dp_rank]
     value, grads = value_and_grad(loss_fn, parallel)(parallel.params, own, step=1)
+    step_plan = parallel.runner.step_plan
+    random = step_plan.randomness if step_plan is not None else Randomness()
+    if random.keyed:
+        loss, reference = _step_on_one(alone, whole, loss_fn, parallel)
+    else:
+        loss, reference = _step_alone(alone, whole, loss_fn)
     norm = global_norm(grads, parallel)
     errors = {
         n: _error(g, reference[n], parallel.storage.entries[n], parallel) for n, g in grads.items()
@@ -264,7 +271,15 @@ def compare(
         Row("gradient norm", total, worst[2]["gradient norm"], rtol * total + floor),
         tuple(_row(n, reference[n], worst[0][n], rtol, share + floor) for n in names),
         tuple(_row(f"{n} (weight)", weights[n], worst[1][n], rtol, rtol * 1e-2) for n in names),
+        _note(random),
     )
+
+
+def _note(random: Randomness) -> str:
+    notes = ["dropout is on: one device is nemo2 on a mesh of one"] if random.keyed else []
+    own = ", ".join(sorted({f"'{module}' {call}" for module, call, _ in random.own}))
+    notes += [f"draws its own numbers, on each mesh others: {own}"] if own else []
+    return "; ".join(notes)
 
 
 def _row(name: str, value: Tensor, error: float, rtol: float, floor: float) -> Row:
@@ -284,6 +299,26 @@ def _step_alone(
         n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()
     }
     return loss.detach(), grads
+
+
+def _step_on_one(
+    model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Any], parallel: ParallelModel
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run the step on a mesh of this rank alone, with the random numbers of ``parallel``.
+
+    Communication: making groups of one rank.
+    """
+    groups = parallel.groups
+    mesh = DeviceMesh(groups.device.type, [groups.rank], mesh_dim_names=("tp",))
+    one = parallelize(model, mesh, data_parallel="ddp")
+    one.train(model.training)
+    one.seed = parallel.seed
+    loss, found = value_and_grad(loss_fn, one)(one.params, batch, step=1)
+    grads = {n: g.to_local() for n, g in found.items()}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            param.grad = grads[name]
+    return loss, grads
 
 
 def _error(value: Tensor, reference: Tensor, entry: Entry, parallel: ParallelModel) -> float:

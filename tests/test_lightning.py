@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -61,6 +62,17 @@ def test_losses_equal_those_of_one_device(
 
 def test_one_process_is_the_same_program(pool: Pool, tmp_path: Path, plain: dict[str, Any]) -> None:
     check(pool.run(1, fit, tmp_path, {"pipeline": TWO}), plain)
+
+
+def with_dropout(folder: str, strategy: dict[str, Any], **options: Any) -> dict[str, Any]:
+    return fit(folder, strategy, build=functools.partial(Lit, 0.2), **options)
+
+
+def test_dropout_is_that_of_one_process(pool: Pool, tmp_path: Path, plain: dict[str, Any]) -> None:
+    """The samples that the ranks read in turns have the masks that they have on one device."""
+    (one,) = pool.run(1, with_dropout, str(tmp_path), {})
+    assert one["losses"] != pytest.approx(plain["losses"], abs=1e-3)
+    check(pool.run(2, with_dropout, str(tmp_path), {"dp": 2}, batch=4, devices=2), one)
 
 
 def accumulating(folder: str, strategy: dict[str, Any] | None, **options: Any) -> dict[str, Any]:

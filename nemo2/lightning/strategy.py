@@ -205,6 +205,7 @@ class MegatronStrategy(ParallelStrategy):
             )
         self.precision_plugin.convert_module(module)
         parallel = parallelize(module, self.mesh, inplace=True, **self.options)
+        parallel.dealt = True  # by MeshSampler, or torch's DistributedSampler
         for sub in module.modules():
             if isinstance(sub, Metric):
                 sub.to(self.root_device)

@@ -19,6 +19,7 @@ from ..sharding.actions import (
     run_action,
     suspended,
 )
+from ..sharding.dropout import count
 from ..trace import Entry
 from .absent import is_absent, resolve
 
@@ -65,7 +66,9 @@ def edged_forward(
 def plain_forward(
     module: nn.Module, original: Callable[..., Any], action: Action, axes: Axes
 ) -> Callable[..., Any]:
-    """Return the planned forward of an ``nn.Linear`` or ``nn.Embedding``."""
+    """Return the planned forward of an ``nn.Linear``, an ``nn.Embedding`` or a dropout module."""
+    if action.kind == "dropout":
+        return _dropout_forward(module, original, action, axes)
     local = _on_local_tensors(module, action, axes)
 
     def planned(x: Tensor) -> Any:
@@ -73,6 +76,29 @@ def plain_forward(
         if is_absent(module.weight) or is_absent(x):
             return original(x)
         return local(x)
+
+    def forward(input: Tensor) -> Any:
+        if not _len_torch_function_stack():
+            return planned(input)
+        with suspended():
+            return planned(input)
+
+    return forward
+
+
+def _dropout_forward(
+    module: Any, original: Callable[..., Any], action: Action, axes: Axes
+) -> Callable[..., Any]:
+    function = getattr(F, action.name)
+
+    def planned(x: Tensor) -> Any:
+        x = resolve(x)
+        if is_absent(x):
+            count(action.value)
+            return original(x)
+        inplace = module.inplace and not isinstance(module, nn.AlphaDropout)
+        args = (x, module.p, module.training, inplace)
+        return run_action(action, axes, function, args, {})
 
     def forward(input: Tensor) -> Any:
         if not _len_torch_function_stack():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import PipelineError
 from ..pytree import tree_map
+from ..sharding.dropout import Forward
 from .stages import StagePlan
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def checked_loss(result: Any) -> tuple[Tensor, Any]:
 class Program:
     """A stage of this rank as Megatron's schedule sees it.
 
-    ``seed(stage, microbatch)`` gives each forward its own. Forward only, the schedule may ask for
-    more microbatches than there are ``parts``: those compute nothing.
+    ``begin(stage, microbatch)`` starts the random numbers of each forward. Forward only, the
+    schedule may ask for more microbatches than there are ``parts``: those compute nothing.
     """
 
     def __init__(
@@ -72,17 +73,16 @@ class Program:
         step: Step,
         parts: list[Any],
         forward_only: bool,
-        seed: Callable[[int, int], int],
+        begin: Callable[[int, int], Forward | None],
     ) -> None:
         self.runner, self.stage, self.step, self.parts = runner, stage, step, parts
-        self.forward_only, self.seed = forward_only, seed
+        self.forward_only, self.begin = forward_only, begin
 
     def forward(self, microbatch: int, received: tuple[Tensor, ...]) -> Any:
         if microbatch >= len(self.parts):
             return self.runner.blank(self.stage)
-        if self.runner.module.training:
-            torch.manual_seed(self.seed(self.stage.index, microbatch))
-        output = self.runner.run(self.stage, self.step, self.parts[microbatch], received)
+        draws = self.begin(self.stage.index, microbatch)
+        output = self.runner.run(self.stage, self.step, self.parts[microbatch], received, draws)
         if not self.runner.at_end or self.forward_only:
             return output
         assert isinstance(self.step, Losses)

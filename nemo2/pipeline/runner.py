@@ -8,7 +8,7 @@ parallelism changes get their planned forward here too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,8 +24,9 @@ from ..mesh.groups import MeshGroups
 from ..places import Place
 from ..plan import Plan, StepPlan
 from ..pytree import tree_flatten, tree_leaves, tree_unflatten
-from ..sharding.actions import Emulate, Script, pause, resume, suspended
+from ..sharding.actions import Emulate, Script, obeying, pause, resume, suspended
 from ..sharding.collectives import Axis, gather
+from ..sharding.dropout import Forward
 from ..sharding.layout import AXES
 from ..sharding.storage import placeholder
 from .absent import Absent, is_absent, resolve
@@ -58,6 +59,12 @@ class Passage:
     counts: dict[str, int] = field(default_factory=dict)
     mode: Emulate | None = None
     paused: list[TorchFunctionMode] | None = None
+    draws: Forward | None = None
+
+    def jump(self, counts: Mapping[tuple[str, int], int] | None) -> None:
+        """Count the dropout calls of blocks that other stages run."""
+        if self.draws is not None:
+            self.draws.jump(counts)
 
 
 class StageRunner(nn.Module):
@@ -119,6 +126,8 @@ class StageRunner(nn.Module):
                 return args, kwargs
             if index == self.stage.first:
                 self._bind(passage, block)
+            if self.step_plan is not None:
+                passage.jump(self.step_plan.randomness.before.get(index))
             if passage.mode is not None:  # the step's script does not count what blocks do
                 passage.paused = pause()
             args, kwargs = resolve((args, kwargs))
@@ -161,6 +170,7 @@ class StageRunner(nn.Module):
                 )
             if index == self.stage.last + 1:
                 raise StageExit(self._outgoing(passage))
+            passage.jump(plan.randomness.after.get(index))
             block = plan.blocks[index]
             given = tree_leaves((args, kwargs))
             made: list[Any] = []
@@ -204,12 +214,14 @@ class StageRunner(nn.Module):
         last = stage.index == len(self.plan.stages) - 1
         return None if last else _boundary(self._crossing_out(stage))
 
-    def use(self, step_plan: StepPlan) -> None:
+    def use(self, step_plan: StepPlan | None) -> None:
         """Install the forwards and captures of ``step_plan``; nothing to do when it is current."""
         if step_plan is self.step_plan:
             return
         self._uninstall()
         self.step_plan = step_plan
+        if step_plan is None:
+            return
         for name, action in step_plan.programs.installed.items():
             self._install(name, partial(plain_forward, action=action, axes=self.axes))
         for name, script in step_plan.programs.scripts.items():
@@ -311,7 +323,7 @@ class StageRunner(nn.Module):
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             capture = self.passage.values.__setitem__ if self.passage is not None else None
-            with suspended(), Emulate(script, self.axes, capture):
+            with suspended(), obeying(script, self.axes, capture):
                 return original(*args, **kwargs)
 
         return forward
@@ -336,9 +348,16 @@ class StageRunner(nn.Module):
         specs = outgoing.tensors if outgoing is not None else ()
         return tuple(torch.empty(s.shape, dtype=s.dtype, device=device) for s in specs)
 
-    def run(self, stage: StagePlan, step: Step, batch: Any, received: tuple[Tensor, ...]) -> Any:
+    def run(
+        self,
+        stage: StagePlan,
+        step: Step,
+        batch: Any,
+        received: tuple[Tensor, ...],
+        draws: Forward | None = None,
+    ) -> Any:
         """Run the part of ``step`` that is ``stage``, one of this rank's, on one microbatch."""
-        self.stage, self.passage = stage, Passage(received)
+        self.stage, self.passage = stage, Passage(received, draws=draws)
         self._forget()
         try:
             with _modes_restored():
@@ -357,7 +376,7 @@ class StageRunner(nn.Module):
         script = self.step_plan.programs.scripts.get("") if self.step_plan is not None else None
         mode: AbstractContextManager[Any] = nullcontext()
         if script is not None:
-            passage.mode = mode = Emulate(script, self.axes, passage.values.__setitem__)
+            passage.mode = mode = obeying(script, self.axes, passage.values.__setitem__)
         try:
             with self._alone(), mode:
                 try:

@@ -30,6 +30,7 @@ from . import collectives
 from .attention import context_attention
 from .collectives import Axis
 from .cross_entropy import cross_entropy
+from .dropout import Site, count, is_dropout, run_dropout
 from .layout import Layout
 
 Axes = Mapping[str, Axis]
@@ -275,6 +276,10 @@ def _attention(action: Action, axes: Axes, func: Callable[..., Any], args: Any, 
     return context_attention(*args, **kwargs, axis=axes["cp"], method=action.value)
 
 
+def _dropout(action: Action, axes: Axes, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return run_dropout(action.value, axes, action.name, func, args, kwargs)
+
+
 _KINDS: Mapping[str, Callable[..., Any]] = {
     "call": _call,
     "identity": _identity,
@@ -287,6 +292,7 @@ _KINDS: Mapping[str, Callable[..., Any]] = {
     "embedding": _embedding,
     "cross_entropy": _cross_entropy,
     "attention": _attention,
+    "dropout": _dropout,
 }
 
 
@@ -298,6 +304,11 @@ class Script:
     calls: tuple[str, ...]
     actions: Mapping[int, Action]
     captures: Mapping[int, tuple[Any, ...]]
+
+    @property
+    def only_draws(self) -> bool:
+        """Whether all that it changes is where dropout gets its numbers."""
+        return not self.captures and all(a.kind == "dropout" for a in self.actions.values())
 
 
 class Watcher(TorchFunctionMode):
@@ -375,8 +386,47 @@ class Emulate(Watcher):
 
     def _act(self, action: Action, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if any(is_absent(x) and x.bound is None for x in tree_leaves((args, kwargs))):
+            if isinstance(action.value, Site):
+                count(action.value)
             return func(*args, **kwargs)
         return run_action(action, self.axes, func, args, kwargs)
+
+
+class Keyed(Emulate):
+    """Run a module of which only the dropout calls are planned, whatever path its code takes."""
+
+    def __init__(self, script: Script, axes: Axes) -> None:
+        super().__init__(script, axes)
+        calls = (i for i, name in enumerate(script.calls) if is_dropout(name))
+        self.planned = [script.actions.get(i) for i in calls]
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in COMPOSITE:
+            return self.opened(func, args, kwargs)
+        if not is_dropout(name_of(func)):
+            return func(*args, **kwargs)
+        action = self.planned[self.count] if self.count < len(self.planned) else None
+        self.count += 1
+        if action is None or action.name != name_of(func):
+            return func(*args, **kwargs)
+        return self._act(action, func, args, kwargs)
+
+    def check_complete(self) -> None:
+        """Accept any path."""
+
+
+def obeying(
+    script: Script, axes: Axes, capture: Callable[[Any, Any], None] | None = None
+) -> Emulate:
+    """Return the mode under which the module of ``script`` runs."""
+    return Keyed(script, axes) if script.only_draws else Emulate(script, axes, capture)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def prove(
             or None when the run was the planned one.
     """
     if setting.degrees == (1, 1):
-        return programs(trace, set(), captured)
+        return programs(trace, needing(trace, soft=False, kind="dropout"), captured)
     emulated = needing(trace, soft=False)
     undecided = needing(trace, soft=True) - emulated
     for _ in range(len(undecided) + 1):

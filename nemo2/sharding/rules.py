@@ -43,7 +43,8 @@ _ALSO_LOCAL = _words(
     " expand empty_like zeros_like ones_like full_like rand_like"
 )
 _POINTWISE_NAMES = _words(
-    "dropout dropout_ alpha_dropout contiguous clone detach detach_ float half bfloat16 double"
+    "dropout dropout_ alpha_dropout alpha_dropout_ dropout1d dropout2d dropout3d feature_dropout"
+    " feature_dropout_ contiguous clone detach detach_ float half bfloat16 double"
     " int long bool type data requires_grad_ alias cuda cpu retain_grad"
 )
 _pointwise_cache: dict[Any, bool] = {}

@@ -40,14 +40,19 @@ def installable(activation: Activation) -> Action | None:
     )
 
 
-def needing(trace: Trace, *, soft: bool) -> set[str]:
-    """Return the modules that need emulation; ``soft``: also those that only need other sizes."""
+def needing(trace: Trace, *, soft: bool, kind: str | None = None) -> set[str]:
+    """Return the modules that need emulation; ``soft``: also those that only need other sizes.
+
+    ``kind``: those with an action of this kind only.
+    """
     return {
         activation.module
         for activation in trace.root.walk()
         if not activation.leaf
         for event in activation.events()
-        if event.action is not None and (soft or not event.action.soft)
+        if event.action is not None
+        and (soft or not event.action.soft)
+        and kind in (None, event.action.kind)
     }
 
 

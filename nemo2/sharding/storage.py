@@ -28,6 +28,7 @@ from ..plan import ParamPlan, Plan
 from ..trace import Trace
 from .collectives import gather_single
 from .fused import in_rank_order
+from .initial import Initial, check_materialisable
 
 
 @dataclass
@@ -164,20 +165,31 @@ def check_same_everywhere(plan: Plan, groups: MeshGroups) -> None:
 
 
 def place(
-    plan: Plan, model: nn.Module, where: Sequence[Place], module: nn.Module, groups: MeshGroups
+    plan: Plan,
+    model: nn.Module,
+    where: Sequence[Place],
+    module: nn.Module,
+    groups: MeshGroups,
+    seed: int,
 ) -> dict[str, Entry]:
     """Fill the places of ``module`` with this rank's parts of rank 0's values of ``model``.
 
-    Parameters of other stages leave ``_parameters`` and stay behind as absent attributes.
+    Parameters of other stages leave ``_parameters`` and stay behind as absent attributes. What is
+    on meta is drawn, from ``seed`` and its module's name.
 
-    Communication: one broadcast of each parameter and buffer over the world.
+    Communication: one broadcast over the world of each parameter and buffer that has values.
     """
-    _refuse_meta(model)
+    check_materialisable(model)
+    initial = Initial(model, seed)
     values = dict(model.named_parameters())
     entries: dict[str, Entry] = {}
     for param in plan.params:
-        full = _from_rank_0(values[param.name].detach(), groups)
-        if groups.pp_rank in param.ranks:
+        value, here = values[param.name].detach(), groups.pp_rank in param.ranks
+        if value.is_meta:
+            full = initial.value(param.name).to(groups.device) if here else value
+        else:
+            full = _from_rank_0(value, groups)
+        if here:
             compute = nn.Parameter(_tp_part(full, param, groups), requires_grad=param.trainable)
             entries[param.name] = Entry(param, [], compute, ())
         absent = placeholder(param, groups.device)
@@ -189,9 +201,12 @@ def place(
                     w.module._parameters[w.leaf] = entries[param.name].compute
                 else:
                     w.module.__dict__[w.leaf] = absent
-    for sub in module.modules():
+    for name, sub in module.named_modules():
         for leaf, buffer in sub._buffers.items():
-            if buffer is not None:
+            if buffer is not None and buffer.is_meta:
+                made = initial.value(f"{name}.{leaf}" if name else leaf)
+                sub._buffers[leaf] = made.to(groups.device)
+            elif buffer is not None:
                 sub._buffers[leaf] = _from_rank_0(buffer, groups)
     return entries
 
@@ -201,16 +216,6 @@ def placeholder(param: ParamPlan, device: torch.device) -> Absent:
     absent = Absent.like(param.shape, param.dtype, device)
     absent.param = param.name
     return absent
-
-
-def _refuse_meta(model: nn.Module) -> None:
-    on_meta = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
-    if on_meta:
-        raise Nemo2Error(
-            f"cannot parallelize a model on meta: {len(on_meta)} tensors such as '{on_meta[0]}'"
-            " have no values; materialising shard by shard is not built yet\n"
-            "  options: build the model on cpu | plan(model, ...) works on meta"
-        )
 
 
 def _from_rank_0(value: Tensor, groups: MeshGroups) -> Tensor:
