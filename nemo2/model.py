@@ -260,6 +260,8 @@ class ParallelModel(nn.Module):
             step_plan, may_skip = self._plan_for(step, parts[0], key)
             if step_plan is not None:
                 runner.use(step_plan)
+            if not forward_only:
+                stack.enter_context(runner.recomputing())
             stack.enter_context(lent(self._loans(step_plan), self.storage, groups))
             stack.enter_context(self._seeded())
             stack.enter_context(

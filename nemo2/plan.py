@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .edges import check_blocks, context_entries, exits_needed, shared_gathers
-from .errors import ShardingError
+from .errors import Nemo2Error, ShardingError
 from .lengths import find_lengths
 from .mesh.sizes import MeshSizes
 from .options import Options
@@ -161,6 +161,11 @@ def plan(
     blocks = block_names(model, notes.blocks, sizes.pp)
     if resolved.pipeline.schedule == "interleaved":
         check_microbatches(resolved.pipeline.microbatches, sizes.pp)
+    if resolved.remat is not None and not blocks:
+        raise Nemo2Error(
+            f"remat={resolved.remat!r} recomputes the blocks of a model, and none are annotated\n"
+            '  options: shard(self.layers, "pp") on their list, with pp=1 too | remat=None'
+        )
     costs = block_costs(model, blocks, _tp_size(model, notes.marks, sizes.tp))
     stages = split_blocks(costs, sizes.pp, resolved.pipeline)
     params = _plan_params(model, notes.marks, notes.aliases, blocks, stages, sizes)

@@ -27,6 +27,7 @@ from ..pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..sharding.actions import Emulate, Script, pause, resume, suspended
 from ..sharding.collectives import Axis, gather
 from ..sharding.layout import AXES
+from ..sharding.remat import recomputed
 from ..sharding.storage import placeholder
 from .absent import Absent, is_absent, resolve
 from .boundary import Boundary, TensorSpec
@@ -327,6 +328,25 @@ class StageRunner(nn.Module):
                     passage.values[("out", name, ordinal, leaf)] = x
 
         return hook
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Checkpoint this rank's blocks as the options say, until the backwards are done."""
+        kind = self.plan.options.remat
+        names = [n for i, n in enumerate(self.plan.blocks) if kind and self._is_local(i)]
+        blocks = [self.module.get_submodule(name) for name in names]
+        before = [block.__dict__.get("forward") for block in blocks]
+        for block in blocks:
+            assert kind is not None
+            block.__dict__["forward"] = recomputed(block.forward, kind, self.axes)
+        try:
+            yield
+        finally:
+            for block, forward in zip(blocks, before, strict=True):
+                if forward is None:
+                    del block.__dict__["forward"]
+                else:
+                    block.__dict__["forward"] = forward
 
     # --- one microbatch
 
