@@ -125,8 +125,7 @@ class Options:
             ranks in it. Buffers keep their dtype, as under FSDP2.
         remat: ``"full"`` keeps the inputs of each block of the list annotated with ``"pp"``, and
             runs the block again in backward. ``"selective"`` keeps the results of its matrix
-            products, too, and so repeats attention and elementwise work; in-place changes of
-            those results (``nn.ReLU(inplace=True)`` after a linear) raise then.
+            products, too, and so repeats attention and elementwise work.
     """
 
     data_parallel: DataParallel = DataParallel()

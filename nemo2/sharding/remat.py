@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from .actions import Axes, Watcher, pause, resume
 from .kept import Kept
@@ -32,15 +32,10 @@ def recomputed(forward: Callable[..., Any], kind: str, axes: Axes) -> Callable[.
         modes = _foreign_modes()
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            if kind == "full":
-                first, second = nullcontext(), nullcontext()
-                kept = None
-            else:
-                kept = Kept()
-                first, second = create_selective_checkpoint_contexts(kept.policy)
+            kept = Kept() if kind == "selective" else None
             return (
-                _inside(first, axes, kept, None, again=False),
-                _inside(second, axes, kept, modes, again=True),
+                _inside(axes, kept, None, again=False),
+                _inside(axes, kept, modes, again=True),
             )
 
         def body(*given: Any) -> Any:
@@ -53,7 +48,6 @@ def recomputed(forward: Callable[..., Any], kind: str, axes: Axes) -> Callable[.
 
 @contextmanager
 def _inside(
-    context: AbstractContextManager[Any],
     axes: Axes,
     kept: Kept | None,
     modes: Sequence[TorchFunctionMode] | None,
@@ -70,7 +64,7 @@ def _inside(
     if kept is not None:
         kept.again = again
     try:
-        with context:
+        with nullcontext() if kept is None else kept.mode():
             yield
     finally:
         for axis, own in zip(axes.values(), before, strict=True):
