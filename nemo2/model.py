@@ -362,8 +362,10 @@ class ParallelModel(nn.Module):
             dist.all_reduce(totals, group=self.groups.world)
         total, count, dtype, ranks = totals.tolist()
         value = total / count if count else float("nan")
-        loss = torch.tensor(value, dtype=_DTYPES[round(dtype / ranks)], device=self.groups.device)
-        return loss, count
+        kind = _DTYPES[round(dtype / ranks)]
+        if self.plan.options.precision is not None:  # a mean over much more than one value
+            kind = torch.promote_types(kind, torch.float32)
+        return torch.tensor(value, dtype=kind, device=self.groups.device), count
 
     @contextmanager
     def _seeded(self) -> Iterator[None]:
@@ -379,7 +381,10 @@ class ParallelModel(nn.Module):
     def _to_device(self, batch: Any) -> Any:
         device = self.groups.device
         leaves, spec = tree_flatten(batch)
-        moved = [x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in leaves]
+        moved = [
+            self.plan.options.cast(x.to(device, non_blocking=True)) if isinstance(x, Tensor) else x
+            for x in leaves
+        ]
         return tree_unflatten(spec, moved)
 
     def _refuse_torch_func(self) -> None:

@@ -140,6 +140,10 @@ class Options:
         lowered = self.precision == "bf16" and dtype.is_floating_point
         return torch.bfloat16 if lowered else dtype
 
+    def cast(self, x: Any) -> Any:
+        """Return a leaf of a batch as a run gets it."""
+        return x.to(self.compute_dtype(x.dtype)) if isinstance(x, torch.Tensor) else x
+
     @staticmethod
     def resolve(
         sizes: MeshSizes,

@@ -65,7 +65,7 @@ def parallelize(
         data = replica_mesh(groups, planned.options.data_parallel.replicate)
         managed = shard_over_dp(planned, runner, module, list(entries.values()), data)
     runner.split_into_stages()
-    storage = finish(entries, storage_mesh(groups, data))
+    storage = finish(entries, storage_mesh(groups, data), planned.options)
     ties = _tie_groups(planned, groups)
     return ParallelModel(
         runner, planned, groups, storage, managed, ties, mesh, _seed(groups), where

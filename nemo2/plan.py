@@ -32,6 +32,7 @@ from .pipeline.stages import (
 )
 from .places import Place, places
 from .planning import planning, run_step
+from .pytree import tree_map
 from .record import Recorder, Setting
 from .sharding.annotate import Mark, check, collect
 from .sharding.layout import REPLICATED, Layout, Sharding
@@ -52,6 +53,7 @@ class ParamPlan:
         homes: the stage of each of its names, ``name`` first; ``stages`` are these in order, more
             than one when it is tied across them; ``ranks`` the pipeline ranks that hold it, the
             first stage's rank (its *owner*) first.
+        dtype: as users and optimizers see it; a run may compute in another.
         parts: sizes of the parts of a fused ``tp_dim``, each split alone, or None.
     """
 
@@ -172,6 +174,7 @@ def plan(
     result = Plan(sizes, resolved, params, blocks, stages)
     if step is not None:
         part = first_microbatch(batch, resolved.pipeline.microbatches)
+        part = tree_map(resolved.cast, part)
         result = replace(result, step=plan_step(result, model, step, part))
     return result
 
@@ -278,7 +281,7 @@ def plan_step(
     """Plan the activations of one step: run it once with every parameter absent.
 
     Args:
-        batch: one microbatch.
+        batch: one microbatch, in the dtypes that a run gives it.
         where: the places of parameters in ``model``; found when it is unsplit.
         device: what user code sees as the parameters' device; cpu by default.
 
@@ -293,7 +296,8 @@ def plan_step(
 
     def absent(name: str, local: bool = False) -> Absent:
         param = by_name[name]
-        out = Absent.like(param.local_shape if local else param.shape, param.dtype, home)
+        dtype = plan.options.compute_dtype(param.dtype)
+        out = Absent.like(param.local_shape if local else param.shape, dtype, home)
         out.param, out.needs_grad = name, param.trainable
         out.layouts = (REPLICATED, param.tp_layout)
         return out

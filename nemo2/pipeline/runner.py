@@ -246,7 +246,7 @@ class StageRunner(nn.Module):
             seen = {*param.homes_of(place.names), *step_plan.borrowed.get(param.name, ())}
             in_block = any(block_of(n, self.plan.blocks) is not None for n in place.names)
             if not in_block and stage.index not in seen:
-                absent = placeholder(param, self.groups.device)
+                absent = placeholder(param, self.plan.options, self.groups.device)
                 changes.append((place.module._parameters, place.leaf, None))
                 changes.append((place.module.__dict__, place.leaf, absent))
         return changes

@@ -10,6 +10,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import Nemo2Error
+from ..pytree import tree_leaves
 from .actions import Axes, Watcher, pause, resume
 from .kept import Kept
 
@@ -29,6 +31,7 @@ def recomputed(forward: Callable[..., Any], kind: str, axes: Axes) -> Callable[.
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
+        _refuse_caches((args, kwargs))
         modes = _foreign_modes()
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -76,6 +79,15 @@ def _inside(
 def _forget(axes: Axes) -> None:
     for axis in axes.values():
         axis.entered.clear()
+
+
+def _refuse_caches(given: Any) -> None:
+    """Refuse what the recomputation would change a second time: caches of Hugging Face models."""
+    if any(hasattr(x, "get_seq_length") for x in tree_leaves(given)):
+        raise Nemo2Error(
+            "remat runs each block a second time, and this one fills a cache of keys and values\n"
+            "  options: model.config.use_cache = False for training | remat=None"
+        )
 
 
 def _foreign_modes() -> list[TorchFunctionMode]:
