@@ -61,7 +61,9 @@ class _Reader:
             yield from (c for c, _ in self._read(activation))
             return
         self.entered = None  # a block that is recomputed begins and ends with nothing entered
-        last = max((e.number for a in activation.walk() for e in a.events() if _saves(e)), default=-1)
+        last = max(
+            (e.number for a in activation.walk() for e in a.events() if _saves(e)), default=-1
+        )
         for c, number in list(self._read(activation)):
             yield c
             if c.direction == "forward" and number <= last:
@@ -132,9 +134,7 @@ class _Reader:
                 whole = event.global_shapes[index] if axis == "cp" else shape
                 for direction, kind in _STEPS[axis].get(step, ()):
                     if direction == "forward" or grad:
-                        yield Collective(
-                            axis, module, event.name, direction, kind, whole, dtype
-                        )
+                        yield Collective(axis, module, event.name, direction, kind, whole, dtype)
 
     def _event(self, module: str, event: Event, action: Action) -> Iterator[Collective]:
         """Yield what the call itself communicates."""

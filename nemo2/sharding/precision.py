@@ -24,6 +24,8 @@ def compute_copy(master: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     copy = nn.Parameter(
         torch.empty(0, dtype=dtype, device=master.device), requires_grad=master.requires_grad
     )
+    if not copy.requires_grad:  # for good: what was frozen when the model was split stays so
+        return copy
 
     def hand_on(_: Tensor) -> None:
         grad, copy.grad = copy.grad, None
