@@ -61,9 +61,8 @@ class _Reader:
             yield from (c for c, _ in self._read(activation))
             return
         self.entered = None  # a block that is recomputed begins and ends with nothing entered
-        last = max(
-            (e.number for a in activation.walk() for e in a.events() if _saves(e)), default=-1
-        )
+        saving = (e.number for a in activation.walk() for e in a.events() if _saves(e))
+        last = max(saving, default=-1)
         for c, number in list(self._read(activation)):
             yield c
             if c.direction == "forward" and number <= last:
@@ -233,7 +232,7 @@ def _saves(event: Event) -> bool:
     if not any(event.wants_grad) or is_query(event.name) or event.name in _LINEAR:
         return False
     if event.name == "dropout":
-        return not {0.0, False} & {x for x in event.literals if isinstance(x, (bool, float))}
+        return not any(x == 0 for x in event.literals if isinstance(x, (bool, float)))
     return event.name not in _SCALED or len(event.operands) > 1
 
 

@@ -178,8 +178,15 @@ _LATER = {
 }
 
 
-_KNOWN = ("data_parallel", "pipeline", "context_parallel", "sequence_parallel")
-_KNOWN = (*_KNOWN, "precision", "remat", *_LATER)
+_KNOWN = (
+    "data_parallel",
+    "pipeline",
+    "context_parallel",
+    "sequence_parallel",
+    "precision",
+    "remat",
+    *_LATER,
+)
 
 
 def _unknown(cp: ContextParallel, pipeline: Pipeline, others: dict[str, Any]) -> list[str]:

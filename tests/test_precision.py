@@ -1,4 +1,4 @@
-"""bf16 compute with float32 masters: parity, dtypes on the way, sums over microbatches and ranks."""
+"""bf16 compute with float32 masters: parity, dtypes on the way, sums in float32."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 import nemo2
 from nemo2 import DataParallel, Pipeline
 from nemo2.communication import data_parallel
-from tests.models import ZOO, GPT, Skip, counted, next_token, token_ids
+from tests.models import GPT, ZOO, Skip, counted, next_token, token_ids
 
 RESHARDING = DataParallel("fsdp", reshard=True)
 MESHES = [

@@ -13,14 +13,16 @@ there needs no collective in backward.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .kept import Kept
 from .layout import Layout
+
+if TYPE_CHECKING:
+    from .kept import Kept
 
 # torch 2.13 renames the functions and deprecates the old names.
 gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -73,7 +73,7 @@ class Kept:
             with self._aside():
                 out = product()
             return total(out)
-        with self._aside(), _Skip():
+        with self._aside(), _Skip():  # type: ignore[no-untyped-call]
             out = product()
         result: Tensor = _Instead.apply(out, known)  # type: ignore[no-untyped-call]
         return result
@@ -88,14 +88,14 @@ class Kept:
             self._partial = False
 
 
-class _Products(TorchDispatchMode):
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Hands products with weights to ``Kept``.
 
     A batched product of one batch is such a one; others multiply activations with each other.
     """
 
     def __init__(self, kept: Kept) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kept = kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -104,7 +104,7 @@ class _Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Skip(TorchDispatchMode):
+class _Skip(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Gives products the right shape and no values."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

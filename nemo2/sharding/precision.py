@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ def compute_copy(master: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
         else:
             master.grad.add_(grad)
 
-    copy.register_post_accumulate_grad_hook(hand_on)  # type: ignore[attr-defined]
+    leaf: Any = copy  # untyped upstream
+    leaf.register_post_accumulate_grad_hook(hand_on)
     return copy
 
 

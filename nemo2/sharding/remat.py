@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -53,7 +53,7 @@ def recomputed(forward: Callable[..., Any], kind: str, axes: Axes) -> Callable[.
 def _inside(
     axes: Axes,
     kept: Kept | None,
-    modes: Sequence[TorchFunctionMode] | None,
+    modes: list[TorchFunctionMode] | None,
     *,
     again: bool,
 ) -> Iterator[None]:
