@@ -63,7 +63,9 @@ def parallelize(
     data = groups.data_mesh
     if planned.options.data_parallel.shards(planned.sizes) > 1:
         data = replica_mesh(groups, planned.options.data_parallel.replicate)
-        managed = shard_over_dp(planned, runner, module, list(entries.values()), data)
+        managed = shard_over_dp(
+            planned, runner, module, list(entries.values()), data, groups.pp_rank
+        )
     runner.split_into_stages()
     storage = finish(entries, storage_mesh(groups, data), planned.options)
     ties = _tie_groups(planned, groups)

@@ -1,17 +1,20 @@
-"""The parity matrix: every model on every mesh, data-parallel kind, schedule and microbatch count.
+"""The parity matrix: every model on every mesh with every option of the engine.
 
-``python -m tests.matrix`` runs the whole product and writes ``docs/matrix.md``; the tests run
-a covering design in which every pair of options occurs.
+``python -m tests.matrix`` runs the whole product and writes ``docs/matrix.md``; with
+``--minutes n`` what fits, in an order that is spread over all options. The tests run a covering
+design in which every pair of options occurs.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import queue
+import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,63 +34,91 @@ KINDS = {
     "hsdp": nemo2.DataParallel("fsdp", replicate=2),  # on dp=4 only
 }
 # with virtual stages and blocks: what interleaves needs more blocks than the models have
-SCHEDULES = (("1f1b", 1, None), ("interleaved", 2, 5))
+SCHEDULES = {"1f1b": (1, None), "interleaved": (2, 5)}
+_COST = {1: 1.0, 2: 1.3, 4: 2.0, 8: 6.0}  # of a cell, by its processes, on two cores
+METHODS = ("ring", "all_gather", "ulysses")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of options."""
+    """One combination of options; an option that has no meaning on the mesh is ``None``."""
 
     model: str
     dp: int
     pp: int
+    cp: int
     tp: int
-    kind: str
+    kind: str | None
     microbatches: int
-    schedule: str = "1f1b"
-    virtual_stages: int = 1
-    layers: int | None = None
+    schedule: str | None
+    method: str | None
+    sequence: bool | None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"dp": self.dp, "pp": self.pp, "cp": self.cp, "tp": self.tp}
 
     @property
     def world(self) -> int:
-        return self.dp * self.pp * self.tp
+        return self.dp * self.pp * self.cp * self.tp
 
     @property
     def options(self) -> tuple[tuple[str, Any], ...]:
         return tuple(vars(self).items())
 
     def __str__(self) -> str:
-        return (
-            f"{self.model}, dp={self.dp} pp={self.pp} tp={self.tp} {self.kind} x{self.microbatches}"
-            f" {self.schedule}"
-        )
+        return ", ".join(f"{k}={v}" for k, v in self.options if v is not None)
 
     @property
     def runs(self) -> bool:
         """Whether the model takes this ``tp``, and Megatron this count in this schedule."""
-        rounds = self.schedule == "1f1b" or (self.pp > 1 and self.microbatches % self.pp == 0)
-        return rounds and self.tp <= ZOO[self.model].max_tp
+        rounds = self.schedule != "interleaved" or self.microbatches % self.pp == 0
+        return rounds and self.tp <= ZOO[self.model].max_tp and self.world <= 8
 
 
-def product(sizes: Sequence[int] = (1, 2)) -> list[Cell]:
-    plain = [kind for kind in KINDS if kind != "hsdp"]
-    cells = [
-        *itertools.product(ZOO, sizes, sizes, sizes, plain, MICROBATCHES),
-        *itertools.product(ZOO, [4], sizes, sizes, ["hsdp"], MICROBATCHES),
-    ]
-    found = [Cell(*cell, *how) for cell in cells for how in SCHEDULES]
-    return [c for c in found if c.runs and c.world <= 8]
+def plain(model: str, microbatches: int, **sizes: int) -> Cell:
+    """Return the cell of a mesh with every option at its default."""
+    one = {"dp": 1, "pp": 1, "cp": 1, "tp": 1} | sizes
+    return Cell(model, *one.values(), "fsdp", microbatches, "1f1b", "ring", None)
+
+
+def product(models: Sequence[str] = tuple(ZOO), largest: int = 8) -> list[Cell]:
+    return [c for c in _product(models) if c.runs and c.world <= largest]
+
+
+def _product(models: Sequence[str]) -> Iterator[Cell]:
+    for dp, pp, cp, tp in itertools.product((1, 2, 4), (1, 2), (1, 2), (1, 2)):
+        kinds = [k for k in KINDS if k != "hsdp"] if dp * cp > 1 else [None]
+        for model, *options in itertools.product(
+            models,
+            ["hsdp"] if dp == 4 else kinds,
+            MICROBATCHES,
+            SCHEDULES if pp > 1 else [None],
+            METHODS if cp > 1 else [None],
+            (True, False) if tp > 1 else [None],
+        ):
+            yield Cell(model, dp, pp, cp, tp, *options)
 
 
 def covering(cells: Sequence[Cell]) -> list[Cell]:
-    """Choose cells, greedily, until every pair of options of ``cells`` occurs."""
-    pairs = {c: set(itertools.combinations(c.options, 2)) for c in cells}
-    missing = set().union(*pairs.values())
+    """Choose cells, greedily, until every pair of options of ``cells`` occurs.
+
+    Cells of few processes come first: they cost less.
+    """
+    bits: dict[Any, int] = {}
+    pairs = [0] * len(cells)
+    for i, cell in enumerate(cells):
+        for pair in itertools.combinations(cell.options, 2):
+            pairs[i] |= 1 << bits.setdefault(pair, len(bits))
+    missing = (1 << len(bits)) - 1
     chosen: list[Cell] = []
     while missing:
-        best = max(cells, key=lambda c: len(pairs[c] & missing))
-        missing -= pairs[best]
-        chosen.append(best)
+        best = max(
+            range(len(cells)),
+            key=lambda i: (pairs[i] & missing).bit_count() / _COST[cells[i].world],
+        )
+        missing &= ~pairs[best]
+        chosen.append(cells[best])
     return sorted(chosen, key=str)
 
 
@@ -97,64 +128,86 @@ def check(cells: Sequence[Cell], dtype: torch.dtype, device: str) -> list[tuple[
 
 
 def check_one(cell: Cell, dtype: torch.dtype, device: str) -> tuple[bool, str]:
-    case = ZOO[cell.model] if cell.layers is None else ZOO[cell.model].with_layers(cell.layers)
+    stages, layers = SCHEDULES[cell.schedule or "1f1b"]
+    case = ZOO[cell.model] if layers is None else ZOO[cell.model].with_layers(layers)
     report = nemo2.verify(
         case,
         token_ids(cell.dp * cell.microbatches * (2 if cell.microbatches == 1 else 1)),
         case.loss,
-        {"dp": cell.dp, "pp": cell.pp, "tp": cell.tp},
+        cell.sizes,
         device=device,
         dtype=dtype,
         rules=case.rules,
-        data_parallel=KINDS[cell.kind],
-        pipeline=nemo2.Pipeline(cell.microbatches, cell.schedule, cell.virtual_stages),
+        data_parallel=KINDS[cell.kind or "fsdp"],
+        pipeline=nemo2.Pipeline(cell.microbatches, cell.schedule or "1f1b", stages),
+        context_parallel=cell.method or "ring",
+        sequence_parallel=cell.sequence,
     )
     return report.ok, str(report)
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after")
+    parser.add_argument("--pools", type=int, default=max(1, (os.cpu_count() or 1) // 8))
+    asked = parser.parse_args()
     cells = product()
+    random.Random(0).shuffle(cells)
     started = time.time()
     jobs = [
-        same[i : i + 16]
+        same[i : i + 8]
         for world in (8, 4, 2, 1)
         for same in [[c for c in cells if c.world == world]]
-        for i in range(0, len(same), 16)
+        for i in range(0, len(same), 8)
     ]
+    random.Random(1).shuffle(jobs)  # small and large worlds alike when time is short
     waiting = queue.SimpleQueue()
     for job in jobs:
         waiting.put(job)
     failed: list[tuple[Cell, str]] = []
-    at_once = max(1, (os.cpu_count() or 1) // 10)
-    with ThreadPoolExecutor(at_once) as threads:
-        for done in [threads.submit(_drain, waiting, failed, len(jobs)) for _ in range(at_once)]:
-            done.result()
-    write(cells, [c for c, _ in failed], (time.time() - started) / 60)
+    done: list[Cell] = []
+    deadline = started + asked.minutes * 60
+    with ThreadPoolExecutor(asked.pools) as threads:
+        for one in [
+            threads.submit(_drain, waiting, done, failed, len(jobs), deadline)
+            for _ in range(asked.pools)
+        ]:
+            one.result()
+    write(cells, done, [c for c, _ in failed], (time.time() - started) / 60)
     for cell, text in failed:
         print(cell, text, sep="\n")
-    print(f"{len(cells) - len(failed)} passed, {len(failed)} failed")
+    print(f"{len(cells)} cells: {len(done) - len(failed)} passed, {len(failed)} failed,", end=" ")
+    print(f"{len(cells) - len(done)} not run")
     return 1 if failed else 0
 
 
-def _drain(waiting: Any, failed: list[tuple[Cell, str]], jobs: int) -> None:
-    """Run jobs on a pool of its own until none is left."""
+def _drain(
+    waiting: Any, done: list[Cell], failed: list[tuple[Cell, str]], jobs: int, deadline: float
+) -> None:
+    """Run jobs on a pool of its own until none is left, or no time."""
     from tests.pool import Pool
 
     pool = Pool()
     try:
-        while True:
+        while time.time() < deadline:
             try:
                 job = waiting.get_nowait()
             except queue.Empty:
                 return
-            results = pool.run(job[0].world, check, job, torch.float64, "cpu", timeout=600)[0]
+            try:
+                results = pool.run(job[0].world, check, job, torch.float64, "cpu", timeout=600)[0]
+            except RuntimeError as error:  # a rank raised, or hangs
+                results = [(False, str(error))] * len(job)
             failed += [(c, text) for c, (ok, text) in zip(job, results, strict=True) if not ok]
+            done += job
             print(f"{jobs - waiting.qsize()}/{jobs} jobs begun, {len(failed)} differ", flush=True)
     finally:
         pool.close()
 
 
-def write(cells: Sequence[Cell], failed: Sequence[Cell], minutes: float) -> None:
+def write(
+    cells: Sequence[Cell], done: Sequence[Cell], failed: Sequence[Cell], minutes: float
+) -> None:
     lines = [
         "# The parity matrix",
         "",
@@ -164,27 +217,35 @@ def write(cells: Sequence[Cell], failed: Sequence[Cell], minutes: float) -> None
         " processes.",
         "",
         f"torch {torch.__version__.split('+')[0]}, Python {sys.version.split()[0]},"
-        f" {minutes:.0f} minutes on {os.cpu_count()} cores: "
-        f"{len(cells) - len(failed)} of {len(cells)} cells equal one device.",
+        f" {minutes:.0f} minutes on {os.cpu_count()} cores: {len(done)} of the {len(cells)} cells"
+        " of the product were run,",
+        f"{len(done) - len(failed)} of them equal one device.",
         "",
-        "Each entry: cells equal / cells, over the kinds of data parallelism (ddp, zero1, fsdp,"
-        " fsdp",
-        "that reshards; on dp=4 hybrid shard with 2 replicas) and 1, 2, 5 and 8 microbatches, and"
-        " with pp2 over",
-        "1F1B and, with 2 and 8 microbatches, interleaved 1F1B (2 virtual stages).",
+        "Each entry: cells equal / run / in the product, over the kinds of data parallelism (ddp,"
+        " zero1, fsdp,",
+        "fsdp that reshards; on dp=4 hybrid shard with 2 replicas), 1, 2, 5 and 8 microbatches,"
+        " 1F1B and interleaved",
+        "1F1B (2 virtual stages, 5 blocks), ring, all-gather and Ulysses attention, and sequence"
+        " parallelism on and off.",
         "",
+        "| mesh | " + " | ".join(ZOO) + " |",
+        "|---" * (len(ZOO) + 1) + "|",
     ]
-    meshes = sorted({(c.dp, c.pp, c.tp) for c in cells})
-    names = [f"dp{d} pp{p} tp{t}" for d, p, t in meshes]
-    lines += ["| model | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for model in ZOO:
+    ran, bad = set(done), set(failed)
+    for sizes in dict.fromkeys(tuple(c.sizes.items()) for c in sorted(cells, key=_order)):
         row = []
-        for mesh in meshes:
-            own = [c for c in cells if c.model == model and (c.dp, c.pp, c.tp) == mesh]
-            good = sum(c not in failed for c in own)
-            row.append(f"{good} / {len(own)}" if own else "")
-        lines.append(f"| {model} | " + " | ".join(row) + " |")
+        for model in ZOO:
+            own = [c for c in cells if c.model == model and tuple(c.sizes.items()) == sizes]
+            here = [c for c in own if c in ran]
+            good = sum(c not in bad for c in here)
+            row.append(f"{good} / {len(here)} / {len(own)}" if own else "")
+        mesh = " ".join(f"{axis}{n}" for axis, n in sizes if n > 1) or "one device"
+        lines.append(f"| {mesh} | " + " | ".join(row) + " |")
     Path(__file__).parent.parent.joinpath("docs", "matrix.md").write_text("\n".join(lines) + "\n")
+
+
+def _order(cell: Cell) -> tuple[int, ...]:
+    return (cell.world, *cell.sizes.values())
 
 
 if __name__ == "__main__":

@@ -29,15 +29,11 @@ def verified(cases, sizes):
     return bad
 
 
-def made_inside(method):
-    kinds = ("rotary", "learned", "alibi", "window", "both ways")
-    how = {"context_parallel": method}
-    return [(k, functools.partial(Model, k), shift_inside, how) for k in kinds]
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_positions_and_masks_made_inside_blocks(pool, method):
-    assert not pool.run(2, verified, made_inside(method), {"cp": 2})[0]
+@pytest.mark.parametrize("kind", ["rotary", "learned", "alibi", "window", "both ways"])
+def test_positions_and_masks_made_inside_blocks(pool, kind):
+    build = functools.partial(Model, kind)
+    cases = [(m, build, shift_inside, {"context_parallel": m}) for m in METHODS]
+    assert not pool.run(2, verified, cases, {"cp": 2})[0]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -188,7 +188,7 @@ def test_planned_collectives_of_hybrid_shard(pool):
 
 def test_plan_lists_them():
     def text(kind, microbatches):
-        pipeline = nemo2.Pipeline(microbatches=microbatches)
+        pipeline = nemo2.Pipeline(microbatches, layers_per_stage=(3, 2))
         plan = nemo2.plan(Skip(glue=True), "dp=4,pp=2", data_parallel=kind, pipeline=pipeline)
         return " ".join(str(plan).split())
 

@@ -46,6 +46,7 @@ MESHES = [
     ({"dp": 2, "tp": 2, "data_parallel": "zero1", "pipeline": TWO}, 4),
     ({"pp": 2, "tp": 2, "pipeline": TWO}, 8),
     ({"pp": 2, "tp": 1, "pipeline": INTERLEAVED}, 4),
+    ({"cp": 2, "tp": 1, "context_parallel": nemo2.ContextParallel(balance=False)}, 4),
 ]
 
 
@@ -53,7 +54,7 @@ MESHES = [
 def test_losses_equal_those_of_one_device(
     pool: Pool, tmp_path: Path, plain: dict[str, Any], mesh: dict[str, Any], world: int
 ) -> None:
-    dp = world // (mesh.get("pp", 1) * mesh["tp"])
+    dp = world // (mesh.get("pp", 1) * mesh.get("cp", 1) * mesh["tp"])
     got = pool.run(world, fit, tmp_path, mesh, batch=8 // dp, devices=world)
     check(got, plain)
 
@@ -290,7 +291,7 @@ def test_survivors_of_a_failed_rank_end_and_name_it(
     [
         ({"pipelines": 2}, "unknown option 'pipelines'"),
         ({"data_parallel": nemo2.DataParallel(reshard=2)}, "reshard=2.* is unknown"),
-        ({"cp": 2}, "context parallelism is not built yet"),
+        ({"cp": 2, "context_parallel": "rings"}, "'rings' is unknown"),
         ({"inplace": True}, "takes no 'inplace'"),
         ({"precision": "bf16"}, "takes no 'precision'"),
     ],

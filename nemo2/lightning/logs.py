@@ -126,9 +126,9 @@ class LogCapture:
         """
         runs = [_numbers(calls) for calls in self.microbatches]
         groups = self.parallel.groups
-        if self.parallel.runner.last and groups.dp_cp.size() > 1:
-            gathered: list[Any] = [None] * groups.dp_cp.size()
-            dist.all_gather_object(gathered, runs, group=groups.dp_cp)
+        if self.parallel.runner.last and groups.dp.size() > 1:
+            gathered: list[Any] = [None] * groups.dp.size()
+            dist.all_gather_object(gathered, runs, group=groups.dp)
             runs = [run for part in gathered for run in part]
         self.metrics.share(self.parallel)
         for call in self.parallel.from_last_stage(_combine(runs)):

@@ -214,7 +214,7 @@ class MegatronStrategy(ParallelStrategy):
             if isinstance(sub, Metric):
                 sub.to(self.root_device)
                 if sub.process_group is None:
-                    sub.process_group = parallel.groups.dp_cp
+                    sub.process_group = parallel.groups.dp
         for sub in module.modules():  # their device: they were never moved as a whole
             if isinstance(sub, _DeviceDtypeModuleMixin):
                 sub._device = self.root_device
@@ -343,9 +343,7 @@ class MegatronStrategy(ParallelStrategy):
     def _group(self, group: Any) -> Any:
         if group is not None:
             return group
-        return (
-            self.parallel.groups.dp_cp if self.parallel is not None else self.mesh.get_group("dp")
-        )
+        return self.parallel.groups.dp if self.parallel is not None else self.mesh.get_group("dp")
 
     # --- checkpoints
 

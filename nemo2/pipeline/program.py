@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PipelineError
 from ..pytree import tree_map
-from .runner import StageRunner, Step
 from .stages import StagePlan
+
+if TYPE_CHECKING:
+    from .runner import StageRunner, Step
 
 
 class Losses:

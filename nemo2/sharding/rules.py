@@ -410,6 +410,8 @@ def _reduce_rule(call: Call, out: Any) -> Outcome:
 def _constrain_rule(call: Call, out: Any) -> Outcome:
     x, dim = call.operands[0], call.args[1]
     if call.axis != "tp":
+        if dim is None and not call.scene.in_block:
+            x.gather()
         return Outcome(x.layout, "identity")
     if dim is None:
         x.gather()

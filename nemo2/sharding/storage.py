@@ -237,7 +237,12 @@ def _tp_part(full: Tensor, param: ParamPlan, groups: MeshGroups) -> Tensor:
 
 
 def shard_over_dp(
-    plan: Plan, runner: nn.Module, module: nn.Module, entries: Sequence[Entry], data: DeviceMesh
+    plan: Plan,
+    runner: nn.Module,
+    module: nn.Module,
+    entries: Sequence[Entry],
+    data: DeviceMesh,
+    pp_rank: int,
 ) -> list[nn.Module]:
     """Split the parameters over ``data`` with FSDP2; returns the modules that FSDP manages.
 
@@ -258,7 +263,11 @@ def shard_over_dp(
     def placement(param: nn.Parameter) -> Shard:
         return Shard(by_id[id(param)].plan.dp_dim or 0)
 
-    blocks = [module.get_submodule(name) for name in plan.blocks]
+    blocks = [
+        module.get_submodule(plan.blocks[i])
+        for stage in plan.stages_of(pp_rank)
+        for i in range(stage.first, stage.last + 1)
+    ]
     managed: list[nn.Module] = []
     for target in (*blocks, runner):
         if target is runner or any(p.numel() for p in target.parameters()):

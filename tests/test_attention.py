@@ -1,0 +1,103 @@
+"""Attention over a split sequence against attention on one device, kernel by kernel."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from nemo2.sharding import kernels
+from nemo2.sharding.attention import context_attention
+from nemo2.sharding.collectives import Axis, all_gather, take
+
+SIZES = {"b": 2, "heads": 4, "kv": 2, "d": 8}
+
+
+def make(seq, dtype, device, kv=SIZES["kv"], d=SIZES["d"]):
+    torch.manual_seed(3)
+    shapes = [(SIZES["heads"], d), (kv, d), (kv, d), (SIZES["heads"], d)]
+    made = [torch.randn(SIZES["b"], h, seq, w, dtype=torch.float64) for h, w in shapes]
+    return [x.to(device, dtype) for x in made]
+
+
+def mask_of(kind, seq, device, dtype):
+    if kind == "documents":
+        at = torch.arange(seq, device=device)
+        document = (at // 5)[None].expand(SIZES["b"], seq)
+        same = document[:, None, :, None] == document[:, None, None, :]
+        return same & (at[:, None] >= at)
+    if kind == "bias":
+        return torch.randn(SIZES["heads"], seq, seq, device=device).to(dtype)
+    if kind == "columns":  # whole rows see nothing of some parts
+        return (torch.arange(seq, device=device) < 3)[None, None, None]
+    return None
+
+
+def alone(q, k, v, grad, mask, causal):
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+    out.backward(grad)
+    return [out.detach(), q.grad, k.grad, v.grad]
+
+
+def compared(method, balanced, kind, causal, seq, dtype, device, d=SIZES["d"]):
+    """Return the largest relative error of the output and the gradients on this rank."""
+    n, rank = dist.get_world_size(), dist.get_rank()
+    axis = Axis("cp", dist.group.WORLD, rank, n, balanced, summed=True)
+    q, k, v, grad = make(seq, dtype, device, d=d)
+    mask = mask_of(kind, seq, q.device, dtype)
+    want = alone(q, k, v, grad, mask, causal)
+    own = [take(x, 2, axis).contiguous().requires_grad_() for x in (q, k, v)]
+    out = context_attention(*own, mask, is_causal=causal, enable_gqa=True, axis=axis, method=method)
+    out.backward(take(grad, 2, axis).contiguous())
+    got = [all_gather(x.detach(), 2, axis) for x in (out, *(x.grad for x in own))]
+    pairs = zip(got, want, strict=True)
+    return max(float((g - w).double().norm() / w.double().norm()) for g, w in pairs)
+
+
+def all_compared(methods, seq, dtype, device, d=SIZES["d"]):
+    found = {}
+    kinds = ((None, True), (None, False), ("documents", False), ("bias", False), ("columns", False))
+    for method, balanced, (kind, causal) in itertools.product(methods, (True, False), kinds):
+        how = method, balanced, kind, causal
+        found[how] = compared(*how, seq, dtype, device, d)
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_methods_equal_one_device(pool, world):
+    methods = ("ring", "all_gather", "ulysses") if world == 2 else ("ring", "all_gather")
+    seq, device = 4 * world * 2, pool.device
+    for found in pool.run(world, all_compared, methods, seq, torch.float64, device):
+        assert all(error < 1e-12 for error in found.values()), found
+
+
+def test_half_precision_kernels(pool):
+    """bfloat16: on CUDA torch's flash kernels for what has no dense mask."""
+    device = pool.device
+    for found in pool.run(2, all_compared, ("ring", "all_gather"), 512, torch.bfloat16, device, 64):
+        assert all(error < 2e-2 for error in found.values()), found
+
+
+def test_flash_is_chosen_for_half_precision_on_cuda():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.zeros(1, 2, 16, 64, dtype=torch.bfloat16, device=device)
+    assert kernels._flash(x, None) == (device == "cuda")
+    assert not kernels._flash(x, torch.ones(16, 16, device=device))
+    assert not kernels._flash(x.float(), None)
+
+
+def test_a_row_that_may_look_at_nothing_adds_nothing():
+    q, k, v, _ = make(4, torch.float64, "cpu", kv=4)
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[1:] = True
+    out, lse = kernels.forward(q, k, v, mask, False, None)
+    assert torch.equal(out[:, :, 0], torch.zeros_like(out[:, :, 0]))
+    assert torch.isneginf(lse[:, :, 0]).all()
+    assert torch.isfinite(out).all()
+    grads = kernels.backward(torch.ones_like(out), q, k, v, out, lse, mask, False, None)
+    assert all(torch.isfinite(g).all() for g in grads)
+    assert not grads[0][:, :, 0].any()
