@@ -20,6 +20,7 @@ from nemo2 import Nemo2Error, Pipeline, shard
 from nemo2.communication import collectives
 from nemo2.sharding import collectives as moves
 from tests.models import GPT, ZOO, Block, Skip, llama, next_token, token_ids
+from tests.test_communication import counts
 
 KINDS = ("full", "selective")
 INTERLEAVED = Pipeline(4, "interleaved", 2)
@@ -353,6 +354,15 @@ def test_planned_collectives_are_performed(pool, kind, build, sequence):
         if kind == "full":
             sums = "all-reduce" if sequence is False else "reduce-scatter"
             assert again.get(sums, 0) == (3 if build is GPT else 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["ring", "all_gather", "ulysses"])
+def test_planned_collectives_over_the_sequence_are_performed(pool, kind, method):
+    options = {"remat": kind, "context_parallel": method}
+    for sizes, world in (({"cp": 2}, 2), ({"cp": 2, "tp": 2}, 4)):
+        for seen, planned in pool.run(world, counts, sizes, options, pool.device):
+            assert seen == planned
 
 
 # --- what is refused
