@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 
 from .sharding.actions import Action
 from .sharding.layout import AXES, Layout
+from .sharding.rules import is_query
 from .trace import Activation, Entry, Event, Trace
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ class Collective:
     Attributes:
         axis: ``"tp"`` or ``"cp"``.
         module: whose forward asks for it (``""`` is the step itself); ``call``: the torch call.
-        direction: ``"forward"`` or ``"backward"``; ``kind``: all-reduce, all-gather,
+        direction: ``"forward"``, ``"backward"``, or ``"recomputation"``, which is in the
+            backward; ``kind``: all-reduce, all-gather,
             reduce-scatter, all-to-all or exchange (with neighbours).
         shape: of the whole that is reduced, gathered or exchanged; ``nbytes`` of it.
         small: of the size of a token count rather than of an activation.
@@ -49,18 +52,55 @@ class _Reader:
     """Reads the collectives of one microbatch off a trace, in the order of the forward."""
 
     degrees: tuple[int, int]
+    blocks: Collection[str] = ()
+    remat: str | None = None
     entered: object = None
 
     def read(self, activation: Activation) -> Iterator[Collective]:
+        if self.remat is None or activation.module not in self.blocks:
+            yield from (c for c, _ in self._read(activation))
+            return
+        self.entered = None  # a block that is recomputed begins and ends with nothing entered
+        saving = (e.number for a in activation.walk() for e in a.events() if _saves(e))
+        last = max(saving, default=-1)
+        for c, number in list(self._read(activation)):
+            yield c
+            if c.direction == "forward" and number <= last:
+                yield replace(c, direction="recomputation")
+        self.entered = None
+
+    def _read(self, activation: Activation) -> Iterator[tuple[Collective, float]]:
+        """Yield each collective with how far a recomputation must come to repeat it.
+
+        That is the number of a torch call that saves something for backward; infinite where a
+        recomputation never repeats it.
+        """
+        number: float = self._first(activation)
         for entry in activation.entries:
-            yield from self._edge(activation, entry)
+            yield from ((c, number) for c in self._edge(activation, entry))
         for item in activation.items:
             if isinstance(item, Activation):
-                yield from self.read(item)
-            elif item.action is not None:
-                yield from self._event(activation.module, item, item.action)
+                if self.remat is None or item.module not in self.blocks:
+                    yield from self._read(item)
+                else:
+                    yield from ((c, math.inf) for c in self.read(item))
+                continue
+            if item.action is None:
+                continue
+            yield from ((c, item.number) for c in self._fixes(activation.module, item, item.action))
+            number = item.number + 1
+            if item.action.kind in ("attention", "cross_entropy"):
+                number = item.number
+            elif item.action.kind == "rowwise" and self.remat == "selective":
+                number = math.inf  # its sum is kept
+            yield from ((c, number) for c in self._event(activation.module, item, item.action))
         for entry in activation.exits:
-            yield from self._edge(activation, entry)
+            yield from ((c, math.inf) for c in self._edge(activation, entry))
+
+    @staticmethod
+    def _first(activation: Activation) -> float:
+        numbers = (e.number for a in activation.walk() for e in a.events())
+        return next(numbers, math.inf)
 
     def _edge(self, activation: Activation, entry: Entry) -> Iterator[Collective]:
         for step, axis, layout in entry.steps:
@@ -77,14 +117,9 @@ class _Reader:
         same = axis == "tp" and isinstance(layout, Layout) and layout.dim is not None and cp > 1
         return tuple(s // cp if same and d == layout.dim else s for d, s in enumerate(shape))
 
-    def _event(self, module: str, event: Event, action: Action) -> Iterator[Collective]:
+    def _fixes(self, module: str, event: Event, action: Action) -> Iterator[Collective]:
+        """Yield what brings the operands of a call to their layouts."""
         dtype = event.dtype or torch.float32
-
-        def one(
-            axis: str, direction: str, kind: str, shape: tuple[int, ...], small: bool = False
-        ) -> Collective:
-            return Collective(axis, module, event.name, direction, kind, shape, dtype, small)
-
         for fix in action.fixes:
             index = event.operand_leaves.index(fix.leaves)
             shape, key = event.local_of_cp(index, self.degrees[0]), event.operands[index][0]
@@ -98,7 +133,17 @@ class _Reader:
                 whole = event.global_shapes[index] if axis == "cp" else shape
                 for direction, kind in _STEPS[axis].get(step, ()):
                     if direction == "forward" or grad:
-                        yield one(axis, direction, kind, whole)
+                        yield Collective(axis, module, event.name, direction, kind, whole, dtype)
+
+    def _event(self, module: str, event: Event, action: Action) -> Iterator[Collective]:
+        """Yield what the call itself communicates."""
+        dtype = event.dtype or torch.float32
+
+        def one(
+            axis: str, direction: str, kind: str, shape: tuple[int, ...], small: bool = False
+        ) -> Collective:
+            return Collective(axis, module, event.name, direction, kind, shape, dtype, small)
+
         grads = any(event.wants_grad)
         if action.kind in ("rowwise", "embedding", "partial"):
             over = action.value[1] if action.kind == "partial" else ("tp",)
@@ -174,11 +219,36 @@ _STEPS: Mapping[str, Mapping[str, tuple[tuple[str, str], ...]]] = {
 """What each step of a fix communicates; see ``sharding/collectives.py``."""
 
 
-def collectives(trace: Trace) -> tuple[Collective, ...]:
-    """Return the collectives over ``tp`` and ``cp`` of one microbatch's forward and backward."""
+_LINEAR = {"add", "sub", "neg", "sum", "mean", "cat", "stack", "to", "float", "type_as"}
+_LINEAR |= {f"__{sign}{name}__" for name in ("add", "sub") for sign in ("", "r", "i")}
+_LINEAR |= {"contiguous", "clone", "expand", "repeat", "squeeze", "unsqueeze", "permute", "T", "mT"}
+_LINEAR |= {"view", "reshape", "flatten", "unflatten", "transpose", "movedim", "chunk", "split"}
+_LINEAR |= {"__getitem__", "narrow", "unbind", "view_as", "__neg__", "add_", "sub_", "swapaxes"}
+_SCALED = {"mul", "__mul__", "__rmul__", "div", "__truediv__"}
+
+
+def _saves(event: Event) -> bool:
+    """Say whether a torch call saves something for its backward."""
+    if not any(event.wants_grad) or is_query(event.name) or event.name in _LINEAR:
+        return False
+    if event.name == "dropout":
+        return not any(x == 0 for x in event.literals if isinstance(x, (bool, float)))
+    return event.name not in _SCALED or len(event.operands) > 1
+
+
+def collectives(
+    trace: Trace, blocks: Collection[str] = (), remat: str | None = None
+) -> tuple[Collective, ...]:
+    """Return the collectives over ``tp`` and ``cp`` of one microbatch's forward and backward.
+
+    Args:
+        blocks: names of the blocks that are recomputed in the way of ``remat``. A recomputation
+            stops when it comes to its last call that saves something for backward, so that what
+            the forward communicates after that is not repeated.
+    """
     if trace.degrees == (1, 1):
         return ()
-    return tuple(_Reader(trace.degrees).read(trace.root))
+    return tuple(_Reader(trace.degrees, blocks, remat).read(trace.root))
 
 
 @dataclass(frozen=True)
@@ -247,8 +317,9 @@ def _of_unit(
     keeps = plan.options.data_parallel.keeps(plan.sizes, plan.options.pipeline)
     again = 1 if not unit and plan.sizes.pp == 1 else 2  # see shard_over_dp
     elements = sum(_padded(p, shards) for p in params)
-    dtype = params[0].dtype
+    dtype = plan.options.compute_dtype(params[0].dtype)
     yield StepCollective(unit, "all-gather", 1 if keeps else again * microbatches, elements, dtype)
+    dtype = params[0].dtype if plan.options.precision is None else torch.float32
     elements = sum(_padded(p, shards) for p in params if p.trainable)
     if elements:
         times = 1 if keeps else microbatches

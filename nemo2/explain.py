@@ -39,6 +39,10 @@ def tables(plan: Plan) -> str:
     )
     if options.pipeline.virtual_stages > 1:
         head += f", virtual_stages={options.pipeline.virtual_stages}"
+    if options.precision is not None:
+        head += f", precision={options.precision}"
+    if options.remat is not None:
+        head += f", remat={options.remat}"
     parts = [
         head,
         "weights and buffers: copied from the first rank of the mesh; those on meta are drawn by"
@@ -197,7 +201,7 @@ def _collectives(plan: Plan, step: StepPlan) -> str:
             c.dtype,
             c.nbytes,
         )
-        for c in collectives(step.trace)
+        for c in collectives(step.trace, plan.blocks, plan.options.remat)
     )
     rows: list[tuple[object, ...]] = [
         (axis, module, call, direction, kind, count, shape, f"{nbytes * count:,}")

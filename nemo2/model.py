@@ -263,6 +263,8 @@ class ParallelModel(nn.Module):
             stack.enter_context(unfused_layers())
             step_plan, may_skip = self._plan_for(step, parts[0], key)
             runner.use(step_plan)
+            if not forward_only:
+                stack.enter_context(runner.recomputing())
             stack.enter_context(lent(self._loans(step_plan), self.storage, groups))
             stack.enter_context(self._seeded())
             stack.enter_context(
@@ -375,8 +377,10 @@ class ParallelModel(nn.Module):
             dist.all_reduce(totals, group=self.groups.world)
         total, count, dtype, ranks = totals.tolist()
         value = total / count if count else float("nan")
-        loss = torch.tensor(value, dtype=_DTYPES[round(dtype / ranks)], device=self.groups.device)
-        return loss, count
+        kind = _DTYPES[round(dtype / ranks)]
+        if self.plan.options.precision is not None:  # a mean over much more than one value
+            kind = torch.promote_types(kind, torch.float32)
+        return torch.tensor(value, dtype=kind, device=self.groups.device), count
 
     @property
     def _alone(self) -> bool:
@@ -409,7 +413,10 @@ class ParallelModel(nn.Module):
     def _to_device(self, batch: Any) -> Any:
         device = self.groups.device
         leaves, spec = tree_flatten(batch)
-        moved = [x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in leaves]
+        moved = [
+            self.plan.options.cast(x.to(device, non_blocking=True)) if isinstance(x, Tensor) else x
+            for x in leaves
+        ]
         return tree_unflatten(spec, moved)
 
     def _refuse_torch_func(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .errors import Nemo2Error, PipelineError
 from .mesh.sizes import MeshSizes
 
@@ -112,12 +114,35 @@ class ContextParallel:
 
 @dataclass(frozen=True)
 class Options:
-    """All options of one plan, resolved."""
+    """All options of one plan, resolved.
+
+    Attributes:
+        sequence_parallel: whether activations between split regions are split over ``tp`` along
+            the sequence; ``None`` is on where a sequence is found.
+        precision: ``"bf16"`` computes in bfloat16: a run casts float parameters once a step and
+            float tensors of the batch. What users, optimizers and checkpoints see stays as it
+            was made (float32), and gradients are accumulated over microbatches and reduced over
+            ranks in it. Buffers keep their dtype, as under FSDP2.
+        remat: ``"full"`` keeps the inputs of each block of the list annotated with ``"pp"``, and
+            runs the block again in backward. ``"selective"`` keeps the results of its matrix
+            products, too, and so repeats attention and elementwise work.
+    """
 
     data_parallel: DataParallel = DataParallel()
     pipeline: Pipeline = Pipeline()
     context_parallel: ContextParallel = ContextParallel()
     sequence_parallel: bool | None = None
+    precision: str | None = None
+    remat: str | None = None
+
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype in which a run computes with what is held, or given, as ``dtype``."""
+        lowered = self.precision == "bf16" and dtype.is_floating_point
+        return torch.bfloat16 if lowered else dtype
+
+    def cast(self, x: Any) -> Any:
+        """Return a leaf of a batch as a run gets it."""
+        return x.to(self.compute_dtype(x.dtype)) if isinstance(x, torch.Tensor) else x
 
     @staticmethod
     def resolve(
@@ -126,6 +151,8 @@ class Options:
         pipeline: Pipeline = Pipeline(),
         context_parallel: str | ContextParallel = "ring",
         sequence_parallel: bool | None = None,
+        precision: str | None = None,
+        remat: str | None = None,
         **others: Any,
     ) -> Options:
         """Check the options of ``parallelize`` for ``sizes``.
@@ -140,26 +167,31 @@ class Options:
             else context_parallel
         )
         problems = _unknown(cp, pipeline, others) + _data_parallel(sizes, dp)
-        problems += _not_built(others)
+        problems += _memory(precision, remat) + _not_built(others)
         if problems:
             raise Nemo2Error("parallelize:\n" + "\n".join(f"  {p}" for p in problems))
-        return Options(dp, pipeline, cp, sequence_parallel)
+        return Options(dp, pipeline, cp, sequence_parallel, precision, remat)
 
 
 _LATER = {
-    "precision": (
-        None,
-        None,
-        "dtypes are kept as they are; use None, or model.to(torch.bfloat16) before",
-    ),
-    "remat": (None, None, "use None, or the model's own activation checkpointing"),
     "compile": (False, False, "use False"),
 }
 
 
+_KNOWN = (
+    "data_parallel",
+    "pipeline",
+    "context_parallel",
+    "sequence_parallel",
+    "precision",
+    "remat",
+    *_LATER,
+)
+
+
 def _unknown(cp: ContextParallel, pipeline: Pipeline, others: dict[str, Any]) -> list[str]:
     problems = [
-        f"unknown option {name!r}; options: {', '.join(_LATER)}"
+        f"unknown option {name!r}; options: {', '.join(_KNOWN)}"
         for name in others
         if name not in _LATER
     ]
@@ -169,6 +201,18 @@ def _unknown(cp: ContextParallel, pipeline: Pipeline, others: dict[str, Any]) ->
         )
     if pipeline.schedule not in ("1f1b", "interleaved"):
         problems.append(f"schedule={pipeline.schedule!r} is unknown; schedules: 1f1b, interleaved")
+    return problems
+
+
+def _memory(precision: Any, remat: Any) -> list[str]:
+    problems = []
+    if precision not in (None, "bf16"):
+        problems.append(
+            f"precision={precision!r} is unknown; precisions: 'bf16' (computes in bfloat16, with"
+            " float32 masters), None (dtypes as they are)"
+        )
+    if remat not in (None, "full", "selective"):
+        problems.append(f"remat={remat!r} is unknown; kinds: 'full', 'selective', None")
     return problems
 
 

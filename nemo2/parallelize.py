@@ -71,7 +71,7 @@ def parallelize(
             planned, runner, module, list(entries.values()), data, groups.pp_rank
         )
     runner.split_into_stages()
-    storage = finish(entries, storage_mesh(groups, data))
+    storage = finish(entries, storage_mesh(groups, data), planned.options)
     ties = _tie_groups(planned, groups)
     return ParallelModel(runner, planned, groups, storage, managed, ties, mesh, seed, where)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .edges import check_blocks, context_entries, exits_needed, shared_gathers
-from .errors import ShardingError
+from .errors import Nemo2Error, ShardingError
 from .lengths import find_lengths
 from .mesh.sizes import MeshSizes
 from .options import Options
@@ -32,6 +32,7 @@ from .pipeline.stages import (
 )
 from .places import Place, places
 from .planning import planning, run_step
+from .pytree import tree_map
 from .randomness import Randomness, key_dropout
 from .record import Recorder, Setting
 from .sharding.annotate import Mark, check, collect
@@ -53,6 +54,7 @@ class ParamPlan:
         homes: the stage of each of its names, ``name`` first; ``stages`` are these in order, more
             than one when it is tied across them; ``ranks`` the pipeline ranks that hold it, the
             first stage's rank (its *owner*) first.
+        dtype: as users and optimizers see it; a run may compute in another.
         parts: sizes of the parts of a fused ``tp_dim``, each split alone, or None.
     """
 
@@ -164,12 +166,18 @@ def plan(
     blocks = block_names(model, notes.blocks, sizes.pp)
     if resolved.pipeline.schedule == "interleaved":
         check_microbatches(resolved.pipeline.microbatches, sizes.pp)
+    if resolved.remat is not None and not blocks:
+        raise Nemo2Error(
+            f"remat={resolved.remat!r} recomputes the blocks of a model, and none are annotated\n"
+            '  options: shard(self.layers, "pp") on their list, with pp=1 too | remat=None'
+        )
     costs = block_costs(model, blocks, _tp_size(model, notes.marks, sizes.tp))
     stages = split_blocks(costs, sizes.pp, resolved.pipeline)
     params = _plan_params(model, notes.marks, notes.aliases, blocks, stages, sizes)
     result = Plan(sizes, resolved, params, blocks, stages)
     if step is not None:
         part = first_microbatch(batch, resolved.pipeline.microbatches)
+        part = tree_map(resolved.cast, part)
         result = replace(result, step=plan_step(result, model, step, part))
     return result
 
@@ -276,7 +284,7 @@ def plan_step(
     """Plan the activations of one step: run it once with every parameter absent.
 
     Args:
-        batch: one microbatch.
+        batch: one microbatch, in the dtypes that a run gives it.
         where: the places of parameters in ``model``; found when it is unsplit.
         device: what user code sees as the parameters' device; cpu by default.
 
@@ -291,7 +299,8 @@ def plan_step(
 
     def absent(name: str, local: bool = False) -> Absent:
         param = by_name[name]
-        out = Absent.like(param.local_shape if local else param.shape, param.dtype, home)
+        dtype = plan.options.compute_dtype(param.dtype)
+        out = Absent.like(param.local_shape if local else param.shape, dtype, home)
         out.param, out.needs_grad = name, param.trainable
         out.layouts = (REPLICATED, param.tp_layout)
         return out

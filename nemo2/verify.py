@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from .errors import Nemo2Error, PipelineError
 from .functional import global_norm, value_and_grad
 from .mesh import MeshSizes, make_mesh
+from .options import Options
 from .parallelize import parallelize
 from .pipeline.microbatch import split_batch
 from .pipeline.program import checked_loss
@@ -119,8 +120,9 @@ def verify(
             to float32 (in norms, losses) are widened too, so that rounding hides nothing.
         rules: given to ``annotate`` first.
         rtol: bound on ``|g - r| <= rtol |r| + rtol |all| / sqrt(number of parameters)``;
-            1e-9 in float64, 1e-5 in float32, else 1e-2.
-        options: those of ``parallelize``.
+            1e-9 in float64, 1e-5 in float32, else 1e-2; with ``precision="bf16"`` 5e-2.
+        options: those of ``parallelize``. With ``precision`` the model on one device computes in
+            it, too, on copies of parameters that it keeps in ``dtype``.
 
     Returns:
         the same ``Report`` on every rank.
@@ -165,7 +167,8 @@ class _Job:
         home = parallel.groups.device
         whole = tree_map(lambda x: _cast(x, self.dtype, home), self.batch)
         alone = copy.deepcopy(model).to(home)
-        rtol = self.rtol or _RTOL.get(self.dtype, 1e-2)
+        low = parallel.plan.options.precision is not None
+        rtol = self.rtol or (5e-2 if low else _RTOL.get(self.dtype, 1e-2))
         report = compare(parallel, alone, whole, self._loss_fn, rtol)
         if not report.loss.ok and not report.note:
             return self._explain_mean(report, parallel, model.to(home), whole)
@@ -183,7 +186,8 @@ class _Job:
             parts = split_batch(
                 whole, parallel.plan.sizes.dp * parallel.plan.options.pipeline.microbatches
             )
-            values = [self._loss_fn(alone, part) for part in parts]
+            low = _lowered(alone, parallel.plan.options)
+            values = [self._loss_fn(low, tree_map(parallel.plan.options.cast, p)) for p in parts]
         if any(isinstance(v, tuple) for v in values):
             return report
         mean = torch.stack([v.double() for v in values]).mean().item()
@@ -241,7 +245,7 @@ def compare(
     if random.keyed:
         loss, reference = _step_on_one(alone, whole, loss_fn, parallel)
     else:
-        loss, reference = _step_alone(alone, whole, loss_fn)
+        loss, reference = _step_alone(alone, whole, loss_fn, parallel.plan.options)
     norm = global_norm(grads, parallel)
     errors = {
         n: _error(g, reference[n], parallel.storage.entries[n], parallel) for n, g in grads.items()
@@ -288,13 +292,16 @@ def _row(name: str, value: Tensor, error: float, rtol: float, floor: float) -> R
 
 
 def _step_alone(
-    model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Any]
+    model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Any], options: Options
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    total, count = checked_loss(loss_fn(model, batch))
+    low = _lowered(model, options)
+    total, count = checked_loss(loss_fn(low, tree_map(options.cast, batch)))
     loss = total / count
     if not loss.requires_grad:
         raise PipelineError("loss_fn returned a loss that depends on no trainable parameter")
     loss.backward()
+    for master, copied in zip(model.parameters(), low.parameters(), strict=True):
+        master.grad = None if copied.grad is None else copied.grad.to(master.dtype)
     grads = {
         n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()
     }
@@ -310,7 +317,8 @@ def _step_on_one(
     """
     groups = parallel.groups
     mesh = DeviceMesh(groups.device.type, [groups.rank], mesh_dim_names=("tp",))
-    one = parallelize(model, mesh, data_parallel="ddp")
+    precision = parallel.plan.options.precision
+    one = parallelize(model, mesh, data_parallel="ddp", precision=precision)
     one.train(model.training)
     one.seed = parallel.seed
     loss, found = value_and_grad(loss_fn, one)(one.params, batch, step=1)
@@ -319,6 +327,16 @@ def _step_on_one(
         if param.requires_grad:
             param.grad = grads[name]
     return loss, grads
+
+
+def _lowered(model: nn.Module, options: Options) -> nn.Module:
+    """Return ``model``, or a copy with parameters in the dtype that a run computes in."""
+    if options.precision is None:
+        return model
+    low = copy.deepcopy(model)
+    for param in low.parameters():
+        param.data = param.detach().to(options.compute_dtype(param.dtype))
+    return low
 
 
 def _error(value: Tensor, reference: Tensor, entry: Entry, parallel: ParallelModel) -> float:

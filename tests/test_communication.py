@@ -204,7 +204,7 @@ def counts(sizes, options, device):
         run(model.params, token_ids(BATCH))
     step = model.runner.step_plan
     planned = Counter()
-    for c in collectives(step.trace):
+    for c in collectives(step.trace, model.plan.blocks, model.plan.options.remat):
         if not c.small:
             planned[c.axis, c.kind, prod(c.shape)] += 1
     sums = sum(prod(model.plan.param(n).local_shape) for n in step.partial)

@@ -318,9 +318,36 @@ def test_sizes_are_checked_before_processes_start() -> None:
         trainer(".", strategy=nemo2.MegatronStrategy(pp=2, tp=2), devices=3)
 
 
-def test_mixed_precision_is_refused() -> None:
+def test_other_precisions_are_refused() -> None:
     with pytest.raises(nemo2.Nemo2Error, match="options: Trainer\\(precision='32-true'"):
-        trainer(".", strategy=nemo2.MegatronStrategy(), precision="bf16-mixed")
+        trainer(".", strategy=nemo2.MegatronStrategy(), precision="16-true")
+
+
+class Low(Lit):
+    """Notes the dtypes of weights and logits in a step, and of what the optimizer has."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss, logits = self.loss(batch)
+        assert logits.dtype == self.net.embed.weight.dtype == torch.bfloat16
+        assert not torch.is_autocast_enabled("cpu")
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        assert {p.dtype for p in params} == {torch.float32}
+        assert {p.grad.dtype for p in params} == {torch.float32}
+
+
+@pytest.mark.parametrize("mesh", [{"pp": 2}, {"dp": 2}])
+def test_bf16_mixed_keeps_masters(pool: Pool, tmp_path: Path, mesh: dict[str, Any]) -> None:
+    """Training goes as in float32, as far as bfloat16 has digits."""
+    options = {"pipeline": TWO, **mesh}
+    how: dict[str, Any] = {"devices": 2, "batch": 4, "max_steps": 6, "val_check_interval": 3}
+    full = pool.run(2, fit, tmp_path, options, precision="32-true", **how)[0]
+    low = pool.run(2, fit, tmp_path, options, precision="bf16-mixed", build=Low, **how)[0]
+    assert low["losses"] == pytest.approx(full["losses"], rel=0.02)
+    assert low["losses"] != full["losses"]
 
 
 class Manual(Lit):

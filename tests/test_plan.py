@@ -135,8 +135,8 @@ def test_all_problems_at_once():
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"precision": "bf16"}, "precision='bf16' is not built yet"),
-        ({"remat": "full"}, "remat='full' is not built yet"),
+        ({"precision": "fp8"}, "precision='fp8' is unknown; precisions: 'bf16'"),
+        ({"remat": "some"}, "remat='some' is unknown; kinds: 'full', 'selective'"),
         ({"compile": True}, "compile=True is not built yet"),
         (
             {"data_parallel": nemo2.DataParallel("fsdp", replicate=3)},
@@ -161,7 +161,7 @@ def test_options_that_do_not_work_say_so(options, part):
 
 def test_what_is_not_built_is_listed_together():
     with pytest.raises(Nemo2Error, match=r"(?s)remat.*compile"):
-        nemo2.plan(GPT(), "cp=2", remat="full", compile=True)
+        nemo2.plan(GPT(), "cp=2", remat="some", compile=True)
 
 
 def test_parts_that_do_not_divide():

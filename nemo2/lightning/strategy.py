@@ -16,7 +16,7 @@ from lightning.fabric.utilities.distributed import (
 )
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, Precision
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.data import _update_dataloader
@@ -38,6 +38,7 @@ from . import checkpoint as checkpoints
 from .data import MeshSampler, can_deal
 from .launcher import Launcher
 from .logs import EQUAL
+from .precision import Bf16Masters, supported
 from .steps import (
     clip_by_norm,
     clip_by_value,
@@ -64,7 +65,9 @@ class MegatronStrategy(ParallelStrategy):
         cp: context-parallel degree.
         tp: tensor-parallel degree.
         options: those of ``parallelize``, without ``precision`` (the Trainer's decides:
-            "32-true", "64-true" or "bf16-true") and ``inplace`` (always).
+            "32-true", "64-true", "bf16-true", or "bf16-mixed", which is ``precision="bf16"``,
+            float32 masters of a module that computes in bfloat16, without autocast) and
+            ``inplace`` (always).
 
     Raises: Nemo2Error for options that are unknown or not built yet; MeshError, when the
         Trainer is made, if the sizes do not multiply to its devices.
@@ -126,7 +129,7 @@ class MegatronStrategy(ParallelStrategy):
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
         if plugin is not None:
-            _check_precision(plugin)
+            plugin = supported(plugin)
             # On this instance: the Trainer's clipping ends here.
             plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
             plugin.clip_grad_by_value = self._clip_by_value  # type: ignore[method-assign]
@@ -204,7 +207,9 @@ class MegatronStrategy(ParallelStrategy):
                 "  options: use the same Trainer again | build a new module and load a checkpoint"
             )
         self.precision_plugin.convert_module(module)
-        parallel = parallelize(module, self.mesh, inplace=True, **self.options)
+        precision = "bf16" if isinstance(self.precision_plugin, Bf16Masters) else None
+        options = {**self.options, "precision": precision}
+        parallel = parallelize(module, self.mesh, inplace=True, **options)
         parallel.dealt = True  # by MeshSampler, or torch's DistributedSampler
         for sub in module.modules():
             if isinstance(sub, Metric):
@@ -389,7 +394,7 @@ class MegatronStrategy(ParallelStrategy):
 
 def _check_options(options: dict[str, Any], cp: int) -> None:
     for name, instead in (
-        ("precision", 'Trainer(precision="bf16-true")'),
+        ("precision", 'Trainer(precision="bf16-mixed")'),
         ("inplace", "nothing: it is always in place"),
     ):
         if name in options:
@@ -397,14 +402,3 @@ def _check_options(options: dict[str, Any], cp: int) -> None:
     replicate = getattr(options.get("data_parallel"), "replicate", 1)  # dp may not be known yet
     fits = replicate if isinstance(replicate, int) and replicate > 0 else 1
     Options.resolve(MeshSizes(dp=fits, cp=cp if isinstance(cp, int) and cp > 0 else 1), **options)
-
-
-def _check_precision(plugin: Precision) -> None:
-    known = type(plugin) in (Precision, DoublePrecision) or (
-        type(plugin) is HalfPrecision and plugin.precision == "bf16-true"
-    )
-    if not known:
-        raise Nemo2Error(
-            f"precision {plugin.precision!r} ({type(plugin).__name__}) is not built yet\n"
-            "  options: Trainer(precision='32-true' | '64-true' | 'bf16-true')"
-        )

@@ -28,6 +28,7 @@ from ..sharding.actions import Emulate, Script, obeying, pause, resume, suspende
 from ..sharding.collectives import Axis, gather
 from ..sharding.dropout import Forward
 from ..sharding.layout import AXES
+from ..sharding.remat import recomputed
 from ..sharding.storage import placeholder
 from .absent import Absent, is_absent, resolve
 from .boundary import Boundary, TensorSpec
@@ -257,7 +258,7 @@ class StageRunner(nn.Module):
             seen = {*param.homes_of(place.names), *step_plan.borrowed.get(param.name, ())}
             in_block = any(block_of(n, self.plan.blocks) is not None for n in place.names)
             if not in_block and stage.index not in seen:
-                absent = placeholder(param, self.groups.device)
+                absent = placeholder(param, self.plan.options, self.groups.device)
                 changes.append((place.module._parameters, place.leaf, None))
                 changes.append((place.module.__dict__, place.leaf, absent))
         return changes
@@ -339,6 +340,25 @@ class StageRunner(nn.Module):
                     passage.values[("out", name, ordinal, leaf)] = x
 
         return hook
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Checkpoint this rank's blocks as the options say, until the backwards are done."""
+        kind = self.plan.options.remat
+        names = [n for i, n in enumerate(self.plan.blocks) if kind and self._is_local(i)]
+        blocks = [self.module.get_submodule(name) for name in names]
+        before = [block.__dict__.get("forward") for block in blocks]
+        for block in blocks:
+            assert kind is not None
+            block.__dict__["forward"] = recomputed(block.forward, kind, self.axes)
+        try:
+            yield
+        finally:
+            for block, forward in zip(blocks, before, strict=True):
+                if forward is None:
+                    del block.__dict__["forward"]
+                else:
+                    block.__dict__["forward"] = forward
 
     # --- one microbatch
 

@@ -173,6 +173,13 @@ def total(x: Tensor, action: Action, axis: Axis) -> Tensor:
     return collectives.scatter(x, action.scatter, axis)
 
 
+def _total_of(product: Callable[[], Tensor], action: Action, axis: Axis) -> Tensor:
+    """Sum a partial product over ``axis``, or take the sum that a checkpoint has kept."""
+    if not axis.kept:
+        return total(product(), action, axis)
+    return axis.kept[0].summed(product, lambda x: total(x, action, axis))
+
+
 def _partial(action: Action, axes: Axes, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     out = func(*args, **kwargs)
     how, over = action.value
@@ -199,7 +206,7 @@ def _rowwise_addmm(
     beta: float = 1,
     alpha: float = 1,
 ) -> Tensor:
-    out = total(torch.mm(mat1, mat2), action, axis) * alpha
+    out = _total_of(lambda: torch.mm(mat1, mat2), action, axis) * alpha
     return out + (input * beta).to(out.dtype)
 
 
@@ -212,7 +219,7 @@ def bind_linear(
 def rowwise_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, action: Action, axis: Axis
 ) -> Tensor:
-    out = total(F.linear(x, weight), action, axis)
+    out = _total_of(lambda: F.linear(x, weight), action, axis)
     return out if bias is None else out + bias.to(out.dtype)  # dtypes differ under autocast
 
 

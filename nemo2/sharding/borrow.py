@@ -22,6 +22,7 @@ from ..mesh.groups import MeshGroups, stage_group
 from ..pipeline.stages import ranks_of
 from ..places import Place
 from ..plan import ParamPlan, Plan
+from .precision import compute_copy, filled
 from .reduce import gradient, set_gradient
 from .storage import Entry, Storage
 
@@ -39,6 +40,7 @@ class Loan:
     owner: int  # global rank that lends
     lends: bool
     copy: nn.Parameter | None  # the borrower's plain local copy
+    leaf: nn.Parameter | None  # what its run computes with: see Entry.leaf
     places: list[Place]
 
 
@@ -63,14 +65,16 @@ def make_loans(
         group = made[ranks]
         if group is None:
             continue
-        copy = None
+        copy = leaf = None
         if groups.pp_rank in borrowers:
             value = torch.empty(param.local_shape, dtype=param.dtype, device=groups.device)
             copy = nn.Parameter(value, requires_grad=param.trainable)
+            leaf = compute_copy(copy, plan.options.compute_dtype(param.dtype))
         owner = dist.get_global_rank(groups.pp, param.ranks[0])
         lends = groups.pp_rank == param.ranks[0]
         empty = [w for w in own if w.leaf in w.module.__dict__]
-        loans.append(Loan(param, group, owner, lends, copy, empty if copy is not None else []))
+        held = empty if copy is not None else []
+        loans.append(Loan(param, group, owner, lends, copy, leaf, held))
     return loans
 
 
@@ -100,9 +104,11 @@ def lent(loans: Sequence[Loan], storage: Storage, groups: MeshGroups) -> Iterato
             loan.copy.grad, loan.copy.data = None, value
         for place in loan.places:
             undo.append((place, place.module.__dict__.pop(place.leaf)))
-            place.module._parameters[place.leaf] = loan.copy
+            place.module._parameters[place.leaf] = loan.leaf
+    pairs = [(x.copy, x.leaf) for x in loans if x.copy is not None and x.leaf is not None]
     try:
-        yield
+        with filled(pairs):
+            yield
     finally:
         for place, absent in undo:
             place.module._parameters.pop(place.leaf)

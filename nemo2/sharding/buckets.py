@@ -78,8 +78,8 @@ class Buckets:
         self._launched = 0
         self._used: set[str] = set()
         for entry in self._order:
-            compute: Any = entry.compute  # untyped upstream
-            compute.register_post_accumulate_grad_hook(partial(self._arrived, entry))
+            leaf: Any = entry.leaf  # untyped upstream
+            leaf.register_post_accumulate_grad_hook(partial(self._arrived, entry))
 
     def begin(self) -> None:
         """Start a step: no gradient has come yet."""

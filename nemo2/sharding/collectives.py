@@ -13,13 +13,16 @@ there needs no collective in backward.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .layout import Layout
+
+if TYPE_CHECKING:
+    from .kept import Kept
 
 # torch 2.13 renames the functions and deprecates the old names.
 gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -32,7 +35,8 @@ class Axis:
 
     ``balanced``: each rank holds one part from the start and its mirror image from the end of a
     split dim, so that causal attention gives every rank the same work. ``summed``: see above.
-    ``entered`` remembers the last tensor that entered a region split over this axis.
+    ``entered`` remembers the last tensor that entered a region split over this axis; ``kept``
+    holds, while a block runs that is checkpointed selectively, the sums that it keeps.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Axis:
     balanced: bool = False
     summed: bool = False
     entered: list[Any] = field(default_factory=list, compare=False, repr=False)
+    kept: list[Kept] = field(default_factory=list, compare=False, repr=False)
 
     def parts(self, rank: int) -> tuple[int, ...]:
         """Return which of the equal parts of a split dim ``rank`` holds, in its order."""

@@ -189,6 +189,11 @@ class DataParallelRun:
             self._used.add(id(param.sharded_param))
         elif hasattr(param, "_unsharded_param") and param.sharded_param.requires_grad:
             param._unsharded_param.grad = torch.zeros_like(param._unsharded_param)
+        if hasattr(param, "_unsharded_param"):
+            # In mixed precision some of a unit may have gradients of earlier microbatches, which
+            # FSDP2 keeps in the dtype of the reduction, where others have none: one dtype for all.
+            param.accumulate_unsharded_grad_if_needed()
+            param.to_accumulated_grad_if_needed()
 
     def _expect_backward(self, runner: nn.Module, args: Any, output: Any) -> None:
         """Let each microbatch's backward end with its reductions, before the next gather."""

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ..errors import Nemo2Error, ShardingError
 from ..mesh.groups import MeshGroups
+from ..options import Options
 from ..pipeline.absent import Absent
 from ..pipeline.stages import ranks_of
 from ..places import Place
@@ -29,6 +30,7 @@ from ..trace import Trace
 from .collectives import gather_single
 from .fused import in_rank_order
 from .initial import Initial, check_materialisable
+from .precision import compute_copy, filled
 
 
 @dataclass
@@ -40,6 +42,8 @@ class Entry:
         compute: the parameter that a run uses: plain and local to ``tp``; under FSDP its
             shard over ``dp``.
         view: the same memory as a DTensor parameter, outside of runs.
+        leaf: what the user's code differentiates in a run: ``compute``, or its copy in another
+            precision, whose gradients ``compute`` receives.
     """
 
     plan: ParamPlan
@@ -47,6 +51,7 @@ class Entry:
     compute: nn.Parameter
     placements: tuple[Placement, ...]
     view: nn.Parameter = field(init=False)
+    leaf: nn.Parameter = field(init=False)
 
     @property
     def name(self) -> str:
@@ -76,7 +81,7 @@ class Entry:
 
     def show(self, compute: bool) -> None:
         for module, leaf in self.places:
-            module._parameters[leaf] = self.compute if compute else self.view
+            module._parameters[leaf] = self.leaf if compute else self.view
 
 
 def local_of(x: Tensor) -> Tensor:
@@ -110,17 +115,19 @@ class Storage:
         for e in self:
             if e.compute.requires_grad != e.view.requires_grad:
                 e.compute.requires_grad_(e.view.requires_grad)
+                e.leaf.requires_grad_(e.view.requires_grad)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
         """Put the plain local parameters into the module for the time of a run."""
-        for entry in self:
-            entry.show(compute=True)
-        try:
-            yield
-        finally:
+        with filled((entry.compute, entry.leaf) for entry in self):
             for entry in self:
-                entry.show(compute=False)
+                entry.show(compute=True)
+            try:
+                yield
+            finally:
+                for entry in self:
+                    entry.show(compute=False)
 
 
 def storage_mesh(groups: MeshGroups, data: DeviceMesh) -> DeviceMesh:
@@ -192,7 +199,7 @@ def place(
         if here:
             compute = nn.Parameter(_tp_part(full, param, groups), requires_grad=param.trainable)
             entries[param.name] = Entry(param, [], compute, ())
-        absent = placeholder(param, groups.device)
+        absent = placeholder(param, plan.options, groups.device)
         for w in where:
             if w.param == param.name:
                 w.module._parameters.pop(w.leaf)
@@ -211,9 +218,9 @@ def place(
     return entries
 
 
-def placeholder(param: ParamPlan, device: torch.device) -> Absent:
+def placeholder(param: ParamPlan, options: Options, device: torch.device) -> Absent:
     """Return what stands for a parameter on stages that do not hold it."""
-    absent = Absent.like(param.shape, param.dtype, device)
+    absent = Absent.like(param.shape, options.compute_dtype(param.dtype), device)
     absent.param = param.name
     return absent
 
@@ -247,8 +254,13 @@ def shard_over_dp(
     Parameters that FSDP2 cannot split are left whole: see ``ParamPlan.dp_dim``. The last module
     returned is the runner, which holds what is outside of the blocks.
     """
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # The run casts the batch itself, the same for all kinds of data parallelism.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if plan.options.precision is not None:
+        low = plan.options.compute_dtype(torch.float32)
+        policy = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False)
     ignored = {e.compute for e in entries if e.plan.dp_dim is None}
     by_id = {id(e.compute): e for e in entries}
     keep = plan.options.data_parallel.keeps(plan.sizes, plan.options.pipeline)
@@ -270,6 +282,7 @@ def shard_over_dp(
                 # Without pipelining the backward of the runner follows its forward at once.
                 reshard_after_forward=not (keep or (target is runner and plan.sizes.pp == 1)),
                 shard_placement_fn=placement,
+                mp_policy=policy,
                 ignored_params=ignored,
             )
             managed.append(target)
@@ -281,11 +294,13 @@ def shard_over_dp(
     return managed
 
 
-def finish(entries: dict[str, Entry], mesh: DeviceMesh) -> Storage:
+def finish(entries: dict[str, Entry], mesh: DeviceMesh, options: Options) -> Storage:
     """Make the DTensor views and leave the module with them."""
     for entry in entries.values():
         tp = Replicate() if entry.plan.tp_dim is None else Shard(entry.plan.tp_dim)
         over_dp = isinstance(entry.compute, DTensor)
+        dtype = entry.plan.dtype if over_dp else options.compute_dtype(entry.plan.dtype)
+        entry.leaf = compute_copy(entry.compute, dtype)
         dp = Shard(entry.plan.dp_dim or 0) if over_dp else Replicate()
         entry.placements = (tp, *[Replicate()] * (mesh.ndim - 2), dp)
         entry.view = nn.Parameter(entry.wrap(entry.local, mesh), requires_grad=entry.plan.trainable)
