@@ -192,6 +192,27 @@ class Fused(GPT):
         self.layers.extend(FusedBlock() for _ in range(layers))
 
 
+class DropoutBlock(Block):
+    """Dropout as a module and as a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop(self.attention(self.norm1(x)))
+        y = self.down(F.gelu(self.up(self.norm2(x))))
+        return x + F.dropout(y, 0.1, self.training)
+
+
+class Dropout(GPT):
+    """A tied GPT of blocks with dropout: on any mesh it equals nemo2 on one device."""
+
+    def __init__(self, layers: int = 3) -> None:
+        super().__init__(0, tied=True)
+        self.layers.extend(DropoutBlock() for _ in range(layers))
+
+
 def next_token(model: nn.Module, ids: Tensor) -> Tensor:
     """The mean loss, written for one device, with the shift inside."""
     logits = model(ids[:, :-1])
@@ -293,6 +314,7 @@ ZOO: dict[str, Case] = {
     "llama tied": Case(llama, {"tied": True}, next_token, LLAMA),
     "gpt2": Case(gpt2, {}, next_token, GPT2),
     "fused": Case(Fused),
+    "dropout": Case(Dropout),
     "example gpt": Case(example_gpt),
 }
 
