@@ -37,6 +37,7 @@ KINDS = {
 # with virtual stages and blocks: what interleaves needs more blocks than the models have
 SCHEDULES = {"1f1b": (1, None), "interleaved": (2, 5)}
 REMAT = (None, "full", "selective")  # dealt out over the product
+CACHING = ("llama", "llama tied", "gpt2")  # with a cache in their blocks, as they are by default
 _COST = {1: 1.0, 2: 1.3, 4: 2.0, 8: 6.0}  # of a cell, by its processes, on two cores
 METHODS = ("ring", "all_gather", "ulysses")
 
@@ -101,7 +102,8 @@ def _product(models: Sequence[str]) -> Iterator[Cell]:
             (True, False) if tp > 1 else [None],
         ):
             cell = Cell(model, dp, pp, cp, tp, *options)
-            yield replace(cell, remat=REMAT[zlib.crc32(str(cell).encode()) % len(REMAT)])
+            remat = REMAT[zlib.crc32(str(cell).encode()) % len(REMAT)]
+            yield replace(cell, remat=None if model in CACHING else remat)
 
 
 def covering(cells: Sequence[Cell]) -> list[Cell]:

@@ -78,12 +78,15 @@ def _drawn(name: str, module: nn.Module, params: _Own, buffers: _Own, seed: int)
     scratch: Any = copy.copy(module)
     own = params | buffers
     made = {leaf: _unfilled(x) for leaf, x in own.items() if x is not None and x.is_meta}
+    for leaf in own:  # parameters of other stages stand there as absent attributes
+        scratch.__dict__.pop(leaf, None)
     scratch.__dict__["_parameters"] = {leaf: made.get(leaf, x) for leaf, x in params.items()}
     scratch.__dict__["_buffers"] = {leaf: made.get(leaf, x) for leaf, x in buffers.items()}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(key_of(seed, "weights", name) & 0x7FFF_FFFF_FFFF_FFFF)
         scratch.reset_parameters()
-    made = {leaf: getattr(scratch, leaf) for leaf in made}
+    filled = scratch._parameters | scratch._buffers
+    made = {leaf: filled[leaf] for leaf in made}
     left = [leaf for leaf, x in made.items() if _is_unfilled(x)]
     if left:
         raise Nemo2Error(

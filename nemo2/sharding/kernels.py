@@ -122,10 +122,5 @@ def attention(
     rows, columns = q.shape[-2], k.shape[-2]
     if not causal or rows == columns:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
-    if q.is_cuda:
-        from torch.nn.attention.bias import causal_lower_right
-
-        bias = causal_lower_right(rows, columns)
-        return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
     seen = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
     return F.scaled_dot_product_attention(q, k, v, seen, scale=scale)

@@ -33,16 +33,17 @@ def recomputed(forward: Callable[..., Any], kind: str, axes: Axes) -> Callable[.
             return forward(*args, **kwargs)
         _refuse_caches((args, kwargs))
         modes = _foreign_modes()
-
-        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            kept = Kept() if kind == "selective" else None
-            return (
-                _inside(axes, kept, None, again=False),
-                _inside(axes, kept, modes, again=True),
-            )
+        kept = Kept() if kind == "selective" else None
+        second = _inside(axes, kept, modes, again=True)
+        first = [_inside(axes, kept, None, again=False)]
 
         def body(*given: Any) -> Any:
-            return forward(*given, **kwargs)
+            # Entered here: torch leaves what context_fn gives it open when the forward raises.
+            with first.pop() if first else nullcontext():
+                return forward(*given, **kwargs)
+
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            return nullcontext(), second
 
         return checkpoint(body, *args, use_reentrant=False, context_fn=contexts)
 
