@@ -77,6 +77,8 @@ def _drawn(name: str, module: nn.Module, params: _Own, buffers: _Own, seed: int)
     """Return the module's own parameters and buffers, after its ``reset_parameters``."""
     scratch: Any = copy.copy(module)
     own = params | buffers
+    for leaf in own:  # where a parameter of another stage was, an attribute stands for it
+        scratch.__dict__.pop(leaf, None)
     made = {leaf: _unfilled(x) for leaf, x in own.items() if x is not None and x.is_meta}
     for leaf in own:  # parameters of other stages stand there as absent attributes
         scratch.__dict__.pop(leaf, None)
