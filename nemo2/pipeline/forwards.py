@@ -77,6 +77,12 @@ def plain_forward(
             return original(x)
         return local(x)
 
+    return _uncounted(planned)
+
+
+def _uncounted(planned: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """Return a forward of one argument that its caller's script does not count."""
+
     def forward(input: Tensor) -> Any:
         if not _len_torch_function_stack():
             return planned(input)
@@ -100,13 +106,7 @@ def _dropout_forward(
         args = (x, module.p, module.training, inplace)
         return run_action(action, axes, function, args, {})
 
-    def forward(input: Tensor) -> Any:
-        if not _len_torch_function_stack():
-            return planned(input)
-        with suspended():
-            return planned(input)
-
-    return forward
+    return _uncounted(planned)
 
 
 def _on_local_tensors(module: Any, action: Action, axes: Axes) -> Callable[[Tensor], Any]:
