@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import weakref
 from collections import Counter
 from unittest import mock
 
@@ -418,3 +420,28 @@ def lengths(device):
 
 def test_norm_counts_replicas_once(pool):
     assert max(error for error, _ in pool.run(4, lengths, pool.device)) < 1e-12
+
+
+# --- the end of a model
+
+
+def freed(kind, device, options):
+    """Return whether nothing keeps a model that was trained and is no longer used."""
+    parallel = build(GPT(), {"dp": 2}, kind, device) if not options else lowered(kind, device)
+    parallel.backward(next_token, token_ids(2))
+    kept = weakref.ref(parallel.storage.entries["norm.weight"])
+    del parallel
+    gc.collect()
+    return kept() is None
+
+
+def lowered(kind, device):
+    mesh = nemo2.make_mesh(dp=2, device=device)
+    return nemo2.parallelize(GPT(), mesh, data_parallel=kind, precision="bf16")
+
+
+@pytest.mark.parametrize("options", [False, True], ids=["", "bf16"])
+@pytest.mark.parametrize("kind", [DDP, FSDP], ids=name)
+def test_a_model_is_freed(pool, kind, options):
+    """Hooks that keep what keeps their parameter are a cycle that Python does not see."""
+    assert pool.run(2, freed, kind, pool.device, options) == [True, True]

@@ -6,10 +6,10 @@ complete. What comes too late, or not at all on this rank, is settled at the end
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ class Buckets:
         self._used: set[str] = set()
         for entry in self._order:
             leaf: Any = entry.leaf  # untyped upstream
-            leaf.register_post_accumulate_grad_hook(partial(self._arrived, entry))
+            leaf.register_post_accumulate_grad_hook(_hook(self, entry.name))
 
     def begin(self) -> None:
         """Start a step: no gradient has come yet."""
@@ -89,18 +89,18 @@ class Buckets:
         self._bucket_of = {e.name: b for b in self._buckets for e in b.entries}
         self._came, self._used, self._launched = Counter(), set(), 0
 
-    def _arrived(self, entry: Entry, _: Tensor) -> None:
+    def arrived(self, name: str) -> None:
         """Note that a backward has added to a gradient; launch what is complete.
 
         A gradient may come several times in a step's last backwards: from nested backwards of
         reentrant checkpoints, or from several chunks of a pipeline. Then as many are awaited as
         came in the last step.
         """
-        bucket = self._bucket_of.get(entry.name)
+        bucket = self._bucket_of.get(name)
         if not self.listening or bucket is None:
             return
-        self._came[entry.name] += 1
-        if self._came[entry.name] == max(self._expected[entry.name], 1):
+        self._came[name] += 1
+        if self._came[name] == max(self._expected[name], 1):
             bucket.missing -= 1
             while self._launched < len(self._buckets):
                 if self._buckets[self._launched].missing:
@@ -169,3 +169,18 @@ class Buckets:
         order = order.to(self.device)
         dist.broadcast(order, src=dist.get_global_rank(self.group, 0), group=self.group)
         self._order = [self._order[i] for i in order.tolist()]
+
+
+def _hook(buckets: Buckets, name: str) -> Callable[[Tensor], None]:
+    """Return a hook of a parameter that does not keep ``buckets``, which keep the parameter.
+
+    Python's collector does not see such a cycle: it leads through C++.
+    """
+    found = weakref.ref(buckets)
+
+    def arrived(_: Tensor) -> None:
+        alive = found()
+        if alive is not None:
+            alive.arrived(name)
+
+    return arrived

@@ -28,7 +28,7 @@ def compute_copy(master: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     if not copy.requires_grad:  # for good: what was frozen when the model was split stays so
         return copy
 
-    def hand_on(_: Tensor) -> None:
+    def hand_on(copy: Tensor) -> None:  # keeps no reference: Python would not see the cycle
         grad, copy.grad = copy.grad, None
         assert grad is not None
         if master.grad is None:
