@@ -20,7 +20,7 @@ Edge = tuple[str, int]
 
 
 def context_entries(
-    trace: Trace, lengths: Lengths, block: str, cp: int, tp: int, balance: bool
+    lengths: Lengths, block: str, cp: int, tp: int, balance: bool
 ) -> dict[Edge, tuple[Entry, ...]]:
     """Return what splits the hidden states over ``cp`` where the first block gets them.
 
@@ -29,7 +29,7 @@ def context_entries(
 
     Raises: ShardingError when no argument of the block has a sequence, or it does not divide.
     """
-    first = next(a for a in trace.root.walk() if (a.module, a.ordinal) == (block, 0))
+    first = next(a for a in lengths.trace.root.walk() if (a.module, a.ordinal) == (block, 0))
     dims = lengths.inputs.get((block, 0), {})
     able = [x for x in first.inputs if len(dims.get(x.leaf, ())) == 1 and x.floating]
     flat = [x for x in able if dims[x.leaf][0].outer > 1]

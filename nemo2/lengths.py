@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .pytree import tree_flatten, tree_unflatten
 from .sharding.layout import Layout
-from .trace import Trace
+from .trace import Trace, paired
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,12 @@ class Lengths:
     """Where sizes follow the length of the sequence.
 
     Attributes:
+        trace: of the whole batch, with every axis of one rank.
         calls: number of a torch call -> where in its first result it is, as layouts.
         inputs: (module, n-th call) -> leaf of its arguments -> where it is.
     """
 
+    trace: Trace
     calls: Mapping[int, tuple[Layout, ...]]
     inputs: Mapping[tuple[str, int], Mapping[int, tuple[Layout, ...]]]
 
@@ -74,12 +76,11 @@ def _cut(x: Any, size: int, length: int, everywhere: bool) -> Any:
 
 def _compare(whole: Trace, short: Trace, missing: int) -> Lengths | None:
     """Return the dims that differ, if both runs made the same calls."""
-    a = [e for activation in whole.root.walk() for e in activation.events()]
-    b = [e for activation in short.root.walk() for e in activation.events()]
-    if [(e.number, e.name) for e in a] != [(e.number, e.name) for e in b]:
+    events = paired(whole, short)
+    if events is None:
         return None
     calls = {}
-    for one, other in zip(a, b, strict=True):
+    for one, other in events:
         if one.output_shapes and other.output_shapes:
             dims = _differing(one.output_shapes[0], other.output_shapes[0], missing)
             if dims:
@@ -89,7 +90,7 @@ def _compare(whole: Trace, short: Trace, missing: int) -> Lengths | None:
         own = {x.leaf: x.shape for x in that.inputs}
         found = {x.leaf: _differing(x.shape, own.get(x.leaf, ()), missing) for x in this.inputs}
         inputs[this.module, this.ordinal] = {leaf: dims for leaf, dims in found.items() if dims}
-    return Lengths(calls, inputs) if calls else None
+    return Lengths(whole, calls, inputs) if calls else None
 
 
 def _differing(a: tuple[int, ...], b: tuple[int, ...], missing: int) -> tuple[Layout, ...]:

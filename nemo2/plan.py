@@ -352,9 +352,9 @@ def _settle(plan: Plan, batch: Any, record: Callable[..., Trace]) -> tuple[Setti
     scatter = sizes.tp > 1 and options.sequence_parallel is not False
     setting = replace(setting, scatter=scatter, sequence=lengths.calls)
     if sizes.cp > 1:
-        before, balance = record(Setting()), options.context_parallel.balance
+        balance = options.context_parallel.balance
         tp = sizes.tp if scatter else 1
-        entries = context_entries(before, lengths, plan.blocks[0], sizes.cp, tp, balance)
+        entries = context_entries(lengths, plan.blocks[0], sizes.cp, tp, balance)
         setting = replace(setting, entries=entries)
     trace = record(setting)
     if plan.blocks:

@@ -19,7 +19,7 @@ from .pytree import tree_map
 from .sharding.actions import Action
 from .sharding.dropout import Counter, Draw, Site, is_active, is_dropout
 from .sharding.layout import WHOLE
-from .trace import Activation, Event, Trace
+from .trace import Activation, Event, Trace, paired
 
 Counts = Mapping[Counter, int]
 
@@ -147,12 +147,11 @@ def _samples(
         other = record(tree_map(lambda x: _twice(x, size), batch))
     except (Nemo2Error, RuntimeError, ValueError, IndexError, AssertionError):
         return None
-    one = [e for a in trace.root.walk() for e in a.events()]
-    two = [e for a in other.root.walk() for e in a.events()]
-    if [(e.number, e.name) for e in one] != [(e.number, e.name) for e in two]:
+    events = paired(trace, other)
+    if events is None:
         return None
     found = {}
-    for e, more in zip(one, two, strict=True):
+    for e, more in events:
         if is_dropout(e.name):
             pairs = list(zip(e.output_shapes[0], more.output_shapes[0], strict=True))
             dims = tuple((d, a // size) for d, (a, b) in enumerate(pairs) if a != b)

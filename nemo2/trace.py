@@ -153,3 +153,10 @@ class Trace:
     output_layouts: tuple[Sharding, ...]
     degrees: tuple[int, int]
     complete: bool
+
+
+def paired(one: Trace, two: Trace) -> list[tuple[Event, Event]] | None:
+    """Return the calls of two runs side by side, or None when they made different ones."""
+    a, b = ([e for activation in t.root.walk() for e in activation.events()] for t in (one, two))
+    same = [(e.number, e.name) for e in a] == [(e.number, e.name) for e in b]
+    return list(zip(a, b, strict=True)) if same else None

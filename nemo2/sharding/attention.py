@@ -64,8 +64,8 @@ def context_attention(
     Communication, with n = cp and sizes of this rank's k and v together:
         ring: forward n - 1 exchanges of k and v with the neighbours; backward n - 1 of k and v,
         and n of their gradients. all_gather: forward one all-gather of k and v together,
-        backward one reduce-scatter. ulysses: forward one all-to-all of q, k and v together, and
-        one of the output; backward the same.
+        backward one reduce-scatter. ulysses: forward one all-to-all each of q, k, v and the
+        output; backward the same.
     Source: ring: arXiv 2310.01889; balanced order: arXiv 2311.09431; Ulysses: arXiv 2309.14509.
     """
     what = Attention(is_causal, attn_mask, scale)
@@ -110,15 +110,15 @@ def _pairs(what: Attention, axis: Axis, rank: int, other: int, size: int) -> Ite
         yield _Pair(slice(n, size), everything, False, None)
 
 
-def _mask_of(mask: Tensor | None, row: int, column: int, n: int) -> Tensor | None:
+def _mask_of(mask: Tensor, row: int, column: int, n: int) -> Tensor:
     """Return the block of the mask for one part of queries and one of keys."""
-    if mask is None:
-        return None
-    if mask.shape[-1] > 1:
-        mask = mask.narrow(-1, column * n, n)
-    if mask.ndim > 1 and mask.shape[-2] > 1:
-        mask = mask.narrow(-2, row * n, n)
-    return mask
+    mask = _rows_of_mask(mask, row, n)
+    return mask.narrow(-1, column * n, n) if mask.shape[-1] > 1 else mask
+
+
+def _rows_of_mask(mask: Tensor, row: int, n: int) -> Tensor:
+    """Return the rows of the mask for one part of queries."""
+    return mask.narrow(-2, row * n, n) if mask.ndim > 1 and mask.shape[-2] > 1 else mask
 
 
 def _rows(x: Tensor, rows: slice) -> Tensor:
@@ -139,7 +139,7 @@ class _Ring(torch.autograd.Function):
         moving = _packed(k, v)
         for turn in range(axis.degree):
             other = (axis.rank - turn) % axis.degree
-            coming = _start(moving, axis, 1) if turn < axis.degree - 1 else None
+            coming = _start(moving, axis) if turn < axis.degree - 1 else None
             kj, vj = _unpacked(moving, k, v)
             for pair in _pairs(what, axis, axis.rank, other, q.shape[-2]):
                 part, part_lse = kernels.forward(
@@ -168,7 +168,7 @@ class _Ring(torch.autograd.Function):
         sums = torch.zeros_like(moving, dtype=lse.dtype)
         for turn in range(axis.degree):
             other = (axis.rank - turn) % axis.degree
-            coming = _start(moving, axis, 1) if turn < axis.degree - 1 else None
+            coming = _start(moving, axis) if turn < axis.degree - 1 else None
             kj, vj = _unpacked(moving, k, v)
             dk, dv = _unpacked(sums, k, v)
             for pair in _pairs(what, axis, axis.rank, other, q.shape[-2]):
@@ -186,7 +186,7 @@ class _Ring(torch.autograd.Function):
                 _rows(dq, pair.rows).add_(parts[0])
                 _rows(dk, pair.columns).add_(parts[1])
                 _rows(dv, pair.columns).add_(parts[2])
-            sums = _start(sums, axis, 1).wait()  # the gradients travel with their keys, and home
+            sums = _start(sums, axis).wait()  # the gradients travel with their keys, and home
             moving = coming.wait() if coming is not None else moving
         dk, dv = _unpacked(sums, k, v)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
@@ -225,12 +225,12 @@ class _Transfer:
         return self.arriving
 
 
-def _start(x: Tensor, axis: Axis, step: int) -> _Transfer:
-    """Send ``x`` to the rank ``step`` ahead and receive from the one ``step`` behind."""
+def _start(x: Tensor, axis: Axis) -> _Transfer:
+    """Send ``x`` to the next rank and receive from the one before."""
     arriving = torch.empty_like(x)
     assert axis.group is not None
-    ahead = dist.get_global_rank(axis.group, (axis.rank + step) % axis.degree)
-    behind = dist.get_global_rank(axis.group, (axis.rank - step) % axis.degree)
+    ahead = dist.get_global_rank(axis.group, (axis.rank + 1) % axis.degree)
+    behind = dist.get_global_rank(axis.group, (axis.rank - 1) % axis.degree)
     operations = [
         dist.P2POp(dist.isend, x, ahead, axis.group),
         dist.P2POp(dist.irecv, arriving, behind, axis.group),
@@ -252,22 +252,14 @@ def _gathered(q: Tensor, k: Tensor, v: Tensor, what: Attention, axis: Axis) -> T
     outs = []
     for i, row in enumerate(mine):
         own = q.narrow(-2, i * n, n)
-        mask = _rows_of_mask(what.mask, row, n)
+        mask = None if what.mask is None else _rows_of_mask(what.mask, row, n)
         seen = (row + 1) * n if what.causal else k.shape[-2]
-        if mask is not None and mask.shape[-1] > 1:
-            mask = mask.narrow(-1, 0, seen)
         outs.append(
             kernels.attention(
                 own, k.narrow(-2, 0, seen), v.narrow(-2, 0, seen), mask, what.causal, what.scale
             )
         )
     return torch.cat(outs, -2)
-
-
-def _rows_of_mask(mask: Tensor | None, row: int, n: int) -> Tensor | None:
-    if mask is None or mask.ndim < 2 or mask.shape[-2] == 1:
-        return mask
-    return mask.narrow(-2, row * n, n)
 
 
 # --- Ulysses -------------------------------------------------------------------------------------
@@ -318,8 +310,7 @@ def _exchange(x: Tensor, axis: Axis, to_heads: bool) -> Tensor:
         got = torch.empty_like(sent)
         dist.all_to_all_single(got, sent, group=axis.group)
         pieces = [p for part in got.unbind(0) for p in part.chunk(len(axis.parts(0)), -2)]
-        order = axis.order
-        return torch.cat([pieces[order.index(i)] for i in range(len(order))], -2)
+        return collectives.join(pieces, -2, axis)
     pieces = list(x.chunk(n * len(axis.parts(0)), -2))
     sent = torch.stack(
         [torch.cat([pieces[i] for i in axis.parts(rank)], -2) for rank in range(n)]

@@ -12,6 +12,7 @@ there needs no collective in backward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -71,10 +72,14 @@ def all_gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
     out = x.new_empty((x.shape[0] * axis.degree, *x.shape[1:]))
     gather_single(out, x, group=axis.group)
     if axis.balanced:
-        pieces = out.chunk(2 * axis.degree)
-        order = axis.order
-        out = torch.cat([pieces[order.index(i)] for i in range(len(order))])
+        out = join(out.chunk(2 * axis.degree), 0, axis)
     return out.movedim(0, dim).contiguous()
+
+
+def join(pieces: Sequence[Tensor], dim: int, axis: Axis) -> Tensor:
+    """Return the parts that the ranks hold, given one rank after the other, in their own order."""
+    order = axis.order
+    return torch.cat([pieces[order.index(i)] for i in range(len(order))], dim)
 
 
 def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
