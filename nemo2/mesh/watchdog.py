@@ -316,8 +316,11 @@ class Watchdog:
             left = self._left_behind_by()
             alone = alone + tick if left and step == self.step else 0.0
             step = self.step
-            if left and alone > patience.stale and self._record is None:
-                self._record = left  # NCCL waits for such a rank, gloo raises
+            # NCCL waits for such a rank, gloo raises. One that left in this very step may have
+            # done all of it, and this rank be slow.
+            enough = patience.stale * (3 if left and left.step == step else 1)
+            if left and alone > enough and self._record is None:
+                self._record = left
             told += tick if told or self._was_told_to_end() else 0.0
             if told > 9.0:  # Python runs the handler in the main thread, which waits for others
                 _say(f"rank {self.rank}: told to end (SIGTERM) in a collective of step {self.step}")
@@ -333,11 +336,12 @@ class Watchdog:
         os._exit(1)
 
     def _left_behind_by(self) -> _Record | None:
-        """Return a rank that has left before the step that this one is running, if there is one."""
+        """Return a rank that has left before or in the step that this one runs, if there is one."""
         if not self._inside:
             return None
         known = [(rank, beat.step) for rank, (beat, _) in self._seen.items() if beat and beat.left]
-        return next((_Record(*k, _LEFT) for k in known if k[1] < self.step), None)
+        behind = [(step, rank) for rank, step in known if step <= self.step]
+        return _Record(min(behind)[1], min(behind)[0], _LEFT) if behind else None
 
     # The ways in which a process ends
 
