@@ -1,14 +1,15 @@
 """The parity matrix: every model on every mesh with every option of the engine.
 
-``python -m tests.matrix`` runs the whole product and writes ``docs/matrix.md``; with
-``--minutes n`` what fits, in an order that is spread over all options. The tests run a covering
-design in which every pair of options occurs.
+``python -m tests.matrix`` runs the product and writes ``docs/matrix.md`` and ``.json``; with
+``--minutes n`` what fits, in an order that is spread over all options, and with ``--resume`` what
+has not passed yet. The tests run a covering design in which every pair of options occurs.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import queue
 import random
@@ -17,7 +18,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ KINDS = {
 }
 # with virtual stages and blocks: what interleaves needs more blocks than the models have
 SCHEDULES = {"1f1b": (1, None), "interleaved": (2, 5)}
-REMAT = (None, "full", "selective")  # dealt out over the product
+REMAT = (None, "full", "selective")
 CACHING = ("llama", "llama tied", "gpt2")  # with a cache in their blocks, as they are by default
 _COST = {1: 1.0, 2: 1.3, 4: 2.0, 8: 6.0}  # of a cell, by its processes, on two cores
+RESULTS = Path(__file__).parents[1] / "docs" / "matrix.json"
 METHODS = ("ring", "all_gather", "ulysses")
 
 
@@ -73,11 +75,9 @@ class Cell:
     def __str__(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in self.options if v is not None)
 
-    @property
     def runs(self) -> bool:
-        """Whether the model takes this ``tp``, and Megatron this count in this schedule."""
-        rounds = self.schedule != "interleaved" or self.microbatches % self.pp == 0
-        return rounds and self.tp <= ZOO[self.model].max_tp and self.world <= 8
+        """Whether the model takes this ``tp``."""
+        return self.tp <= ZOO[self.model].max_tp and self.world <= 8
 
 
 def plain(model: str, microbatches: int, **sizes: int) -> Cell:
@@ -86,24 +86,39 @@ def plain(model: str, microbatches: int, **sizes: int) -> Cell:
     return Cell(model, *one.values(), "fsdp", microbatches, "1f1b", "ring", None)
 
 
-def product(models: Sequence[str] = tuple(ZOO), largest: int = 8) -> list[Cell]:
-    return [c for c in _product(models) if c.runs and c.world <= largest]
+def product(
+    models: Sequence[str] = tuple(ZOO), largest: int = 8, *, dealt: bool = False
+) -> list[Cell]:
+    """Return every combination; ``dealt`` deals out microbatches, sequence parallelism and remat.
+
+    Dealt out means that each combination of the other options has one of theirs, by a hash.
+    """
+    return [c for c in _product(models, dealt) if c.runs and c.world <= largest]
 
 
-def _product(models: Sequence[str]) -> Iterator[Cell]:
+def _product(models: Sequence[str], dealt: bool) -> Iterator[Cell]:
     for dp, pp, cp, tp in itertools.product((1, 2, 4), (1, 2), (1, 2), (1, 2)):
         kinds = [k for k in KINDS if k != "hsdp"] if dp * cp > 1 else [None]
-        for model, *options in itertools.product(
+        for model, kind, schedule, method in itertools.product(
             models,
             ["hsdp"] if dp == 4 else kinds,
-            MICROBATCHES,
             SCHEDULES if pp > 1 else [None],
             METHODS if cp > 1 else [None],
-            (True, False) if tp > 1 else [None],
         ):
-            cell = Cell(model, dp, pp, cp, tp, *options)
-            remat = REMAT[zlib.crc32(str(cell).encode()) % len(REMAT)]
-            yield replace(cell, remat=None if model in CACHING else remat)
+            # Megatron interleaves counts that its stages divide.
+            counts = [m for m in MICROBATCHES if schedule != "interleaved" or m % pp == 0]
+            rest = itertools.product(
+                counts,
+                [True, False] if tp > 1 else [None],
+                [None] if model in CACHING else REMAT,
+            )
+            every = [
+                Cell(model, dp, pp, cp, tp, kind, m, schedule, method, sequence, remat)
+                for m, sequence, remat in rest
+            ]
+            if dealt:
+                every = [every[zlib.crc32(str(every[0]).encode()) % len(every)]]
+            yield from every
 
 
 def covering(cells: Sequence[Cell]) -> list[Cell]:
@@ -157,41 +172,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after")
     parser.add_argument("--pools", type=int, default=max(1, (os.cpu_count() or 1) // 8))
+    parser.add_argument("--resume", action="store_true", help=f"skip what passed in {RESULTS}")
     asked = parser.parse_args()
-    cells = product()
+    cells = product(dealt=True)
     cells += [plain(m, 2, dp=2, pp=2, cp=2, tp=2) for m in ZOO]  # all axes, 16 processes
-    random.Random(0).shuffle(cells)
-    started = time.time()
+    results = json.loads(RESULTS.read_text()) if asked.resume and RESULTS.exists() else {}
+    deadline = time.time() + asked.minutes * 60
+    todo = [c for c in cells if not results.get(str(c))]
+    random.Random(0).shuffle(todo)
     jobs = [
         same[i : i + 8]
-        for world in (16, 8, 4, 2, 1)
-        for same in [[c for c in cells if c.world == world]]
+        for world in (8, 4, 2, 1)
+        for same in [[c for c in todo if c.world == world]]
         for i in range(0, len(same), 8)
     ]
     random.Random(1).shuffle(jobs)  # small and large worlds alike when time is short
-    waiting = queue.SimpleQueue()
-    for job in jobs:
-        waiting.put(job)
-    failed: list[tuple[Cell, str]] = []
-    done: list[Cell] = []
-    deadline = started + asked.minutes * 60
-    with ThreadPoolExecutor(asked.pools) as threads:
-        for one in [
-            threads.submit(_drain, waiting, done, failed, len(jobs), deadline)
-            for _ in range(asked.pools)
-        ]:
-            one.result()
-    write(cells, done, [c for c, _ in failed], (time.time() - started) / 60)
-    for cell, text in failed:
-        print(cell, text, sep="\n")
-    print(f"{len(cells)} cells: {len(done) - len(failed)} passed, {len(failed)} failed,", end=" ")
-    print(f"{len(cells) - len(done)} not run")
+    for some, pools in (jobs, asked.pools), ([[c] for c in todo if c.world == 16], 1):
+        waiting: Any = queue.SimpleQueue()
+        for job in some:
+            waiting.put(job)
+        with ThreadPoolExecutor(pools) as threads:
+            for one in [threads.submit(_drain, waiting, results, deadline) for _ in range(pools)]:
+                one.result()
+    write(cells, results)
+    passed, failed = (sum(results.get(str(c)) is ok for c in cells) for ok in (True, False))
+    print(f"{len(cells)} cells: {passed} passed, {failed} failed, others not run")
     return 1 if failed else 0
 
 
-def _drain(
-    waiting: Any, done: list[Cell], failed: list[tuple[Cell, str]], jobs: int, deadline: float
-) -> None:
+def _drain(waiting: Any, results: dict[str, bool], deadline: float) -> None:
     """Run jobs on a pool of its own until none is left, or no time."""
     from tests.pool import Pool
 
@@ -203,19 +212,20 @@ def _drain(
             except queue.Empty:
                 return
             try:
-                results = pool.run(job[0].world, check, job, torch.float64, "cpu", timeout=600)[0]
+                answers = pool.run(job[0].world, check, job, torch.float64, "cpu", timeout=300)[0]
             except RuntimeError as error:  # a rank raised, or hangs
-                results = [(False, str(error))] * len(job)
-            failed += [(c, text) for c, (ok, text) in zip(job, results, strict=True) if not ok]
-            done += job
-            print(f"{jobs - waiting.qsize()}/{jobs} jobs begun, {len(failed)} differ", flush=True)
+                answers = [(False, str(error))] * len(job)
+            for cell, (ok, text) in zip(job, answers, strict=True):
+                results[str(cell)] = ok
+                if not ok:
+                    print(cell, text, sep="\n")
+            print(f"{len(results)} run, {waiting.qsize()} jobs wait", flush=True)
     finally:
         pool.close()
 
 
-def write(
-    cells: Sequence[Cell], done: Sequence[Cell], failed: Sequence[Cell], minutes: float
-) -> None:
+def write(cells: Sequence[Cell], results: dict[str, bool]) -> None:
+    passed, failed = (sum(results.get(str(c)) is ok for c in cells) for ok in (True, False))
     lines = [
         "# The parity matrix",
         "",
@@ -224,34 +234,32 @@ def write(
         "device (loss, every gradient, gradient norm, weights after one AdamW step), on gloo"
         " processes.",
         "",
-        f"torch {torch.__version__.split('+')[0]}, Python {sys.version.split()[0]},"
-        f" {minutes:.0f} minutes on {os.cpu_count()} cores: {len(done)} of the {len(cells)} cells"
-        " of the product were run,",
-        f"{len(done) - len(failed)} of them equal one device.",
+        f"torch {torch.__version__.split('+')[0]}, Python {sys.version.split()[0]}: of {len(cells)}"
+        f" cells {passed} equal one device, {failed} do not, the others were not run.",
         "",
         "Each entry: cells equal / run / in the product, over the kinds of data parallelism (ddp,"
         " zero1, fsdp,",
-        "fsdp that reshards; on dp=4 hybrid shard with 2 replicas), 1, 2, 5 and 8 microbatches,"
-        " 1F1B and interleaved",
-        "1F1B (2 virtual stages, 5 blocks), ring, all-gather and Ulysses attention, and sequence"
-        " parallelism on and off;",
-        "`remat` (none, full, selective) is dealt out over them. The model with dropout is compared"
-        " with nemo2 on one device.",
+        "fsdp that reshards; on dp=4 hybrid shard with 2 replicas), 1F1B and interleaved 1F1B (2"
+        " virtual stages,",
+        "5 blocks), ring, all-gather and Ulysses attention. Dealt out over them: 1, 2, 5 and 8"
+        " microbatches,",
+        "sequence parallelism on and off, and `remat` (none, full, selective). The model with"
+        " dropout is compared",
+        "with nemo2 on one device.",
         "",
         "| mesh | " + " | ".join(ZOO) + " |",
         "|---" * (len(ZOO) + 1) + "|",
     ]
-    ran, bad = set(done), set(failed)
     for sizes in dict.fromkeys(tuple(c.sizes.items()) for c in sorted(cells, key=_order)):
         row = []
         for model in ZOO:
             own = [c for c in cells if c.model == model and tuple(c.sizes.items()) == sizes]
-            here = [c for c in own if c in ran]
-            good = sum(c not in bad for c in here)
-            row.append(f"{good} / {len(here)} / {len(own)}" if own else "")
+            here = [results[str(c)] for c in own if str(c) in results]
+            row.append(f"{sum(here)} / {len(here)} / {len(own)}" if own else "")
         mesh = " ".join(f"{axis}{n}" for axis, n in sizes if n > 1) or "one device"
         lines.append(f"| {mesh} | " + " | ".join(row) + " |")
-    Path(__file__).parent.parent.joinpath("docs", "matrix.md").write_text("\n".join(lines) + "\n")
+    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
 
 
 def _order(cell: Cell) -> tuple[int, ...]:

@@ -143,9 +143,13 @@ class Pool:
 
     def _ready(self, world_size: int) -> list[Worker]:
         """Return ``world_size`` workers that are alive and idle, spawning what is missing."""
-        self._workers = [w for w in self._workers if w.process.is_alive() and not w.pipe.closed]
-        while len(self._workers) < world_size:
-            self._workers.append(self._spawn())
+        # A worker keeps its rank: NCCL reads once in a process on which host that is.
+        for rank in range(world_size):
+            if rank == len(self._workers):
+                self._workers.append(self._spawn())
+            worker = self._workers[rank]
+            if worker.pipe.closed or not worker.process.is_alive():
+                self._workers[rank] = self._spawn()
         workers = self._workers[:world_size]
         deadline = time.monotonic() + SPAWN_SECONDS
         for worker in workers:

@@ -230,11 +230,13 @@ class Small(nn.Module):
         if self.odd == "size":
             y = y + x.new_zeros(2, 1, 4).expand(2, len(x) // 2, 4).flatten(0, 1)
         if self.odd == "noise":
-            y = y + torch.rand(4)
+            y = y + torch.rand(4, device=y.device)
         if self.odd == "path" and torch.rand(()) < 0.5:
             y = F.dropout(F.dropout(y * 2, 0.1, self.training), 0.1, self.training)
         if self.odd == "part":
-            y = checkpoint(lambda z: F.dropout(z, 0.5).tanh(), y, use_reentrant=False)
+            y = checkpoint(
+                lambda z: F.dropout(z, 0.5, self.training).tanh(), y, use_reentrant=False
+            )
         y = self.drop(self.drop(y)[:, None, :].expand(-1, 3, -1) * 1.0)
         return self.out(y).square().sum((1, 2)).mean()
 

@@ -222,6 +222,8 @@ def absent_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     device = next(x.home for x in tree_leaves((args, kwargs)) if type(x) is Absent)
     if name == "device":
         return device
+    if name == "get_device":
+        return -1 if device.index is None else device.index
     if name == "requires_grad" and isinstance(first, Absent):
         return first.needs_grad
     if name in ("is_cuda", "is_cpu", "is_meta"):
