@@ -181,10 +181,10 @@ def main() -> int:
     todo = [c for c in cells if not results.get(str(c))]
     random.Random(0).shuffle(todo)
     jobs = [
-        same[i : i + 8]
+        same[i : i + 2]  # the threads of gloo groups go when a job ends
         for world in (8, 4, 2, 1)
         for same in [[c for c in todo if c.world == world]]
-        for i in range(0, len(same), 8)
+        for i in range(0, len(same), 2)
     ]
     random.Random(1).shuffle(jobs)  # small and large worlds alike when time is short
     for some, pools in (jobs, asked.pools), ([[c] for c in todo if c.world == 16], 1):
