@@ -229,7 +229,7 @@ class Small(nn.Module):
             y = y * 2
         if self.odd == "size":
             y = y + x.new_zeros(2, 1, 4).expand(2, len(x) // 2, 4).flatten(0, 1)
-        if self.odd == "noise":
+        if self.odd == "noise" and self.training:
             y = y + torch.rand(4, device=y.device)
         if self.odd == "path" and torch.rand(()) < 0.5:
             y = F.dropout(F.dropout(y * 2, 0.1, self.training), 0.1, self.training)
