@@ -48,6 +48,7 @@ def tables(plan: Plan) -> str:
         "weights and buffers: copied from the first rank of the mesh; those on meta are drawn by"
         " module name, the same on any mesh",
         _parameters(plan),
+        _derived(plan),
         _stages(plan),
     ]
     parts.append(_data_parallel(plan))
@@ -130,6 +131,15 @@ def _parameters(plan: Plan) -> str:
     total = sum(prod(p.shape) for p in plan.params)
     header = ("name", "dtype", "global shape", "placement", "local (tp)", "stage", "")
     return table(f"parameters: {total:,}", header, rows)
+
+
+def _derived(plan: Plan) -> str:
+    """Say which annotations are not the user's, and what they come from."""
+    if not plan.derived:
+        return ""
+    counted = Counter((_family(name) or "(model)", what, why) for name, what, why in plan.derived)
+    rows = [(f"{n} x{k}" if k > 1 else n, what, why) for (n, what, why), k in counted.items()]
+    return table("derived annotations", ("name", "annotation", "why"), rows)
 
 
 def _stages(plan: Plan) -> str:

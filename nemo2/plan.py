@@ -119,6 +119,7 @@ class Plan:
     blocks: tuple[str, ...]
     stages: tuple[StagePlan, ...]
     step: StepPlan | None = None
+    derived: tuple[tuple[str, str, str], ...] = ()
 
     def __str__(self) -> str:
         from .explain import tables
@@ -162,7 +163,8 @@ def plan(
     sizes = MeshSizes.of(mesh)
     options.pop("inplace", None)
     resolved = Options.resolve(sizes, **options)
-    notes = collect(model)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    notes = collect(model).on(sizes.tp, shapes)
     blocks = block_names(model, notes.blocks, sizes.pp)
     if resolved.pipeline.schedule == "interleaved":
         check_microbatches(resolved.pipeline.microbatches, sizes.pp)
@@ -174,7 +176,7 @@ def plan(
     costs = block_costs(model, blocks, _tp_size(model, notes.marks, sizes.tp))
     stages = split_blocks(costs, sizes.pp, resolved.pipeline)
     params = _plan_params(model, notes.marks, notes.aliases, blocks, stages, sizes)
-    result = Plan(sizes, resolved, params, blocks, stages)
+    result = Plan(sizes, resolved, params, blocks, stages, derived=notes.derived)
     if step is not None:
         part = first_microbatch(batch, resolved.pipeline.microbatches)
         part = tree_map(resolved.cast, part)

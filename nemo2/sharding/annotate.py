@@ -12,7 +12,7 @@ from __future__ import annotations
 import fnmatch
 import weakref
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -25,16 +25,33 @@ from ..mesh.sizes import AXES
 
 T = TypeVar("T", Tensor, nn.Module)
 _MARKS = "_nemo2_marks"  # module.__dict__: parameter name -> tuple[Mark, ...]
-_BLOCKS = "_nemo2_blocks"  # module.__dict__: True on a list of pipeline blocks
+_BLOCKS = "_nemo2_blocks"  # module.__dict__: of a list of blocks: True, or why it was derived
+_LEFT = "_nemo2_left"  # model.__dict__: module name -> why no annotation was derived for it
 
 
 @dataclass(frozen=True)
 class Mark:
-    """One annotation of a parameter: mesh axis, tensor dim, and the parts of a fused dim."""
+    """One annotation of a parameter: mesh axis, tensor dim, and the parts of a fused dim.
+
+    Attributes:
+        why: where it comes from, when it was derived; empty when the user gave it.
+        units: into how many pieces (heads) a derived mark may cut the dim.
+    """
 
     axis: str | None
     dim: int | None = None
     parts: tuple[int, ...] | None = None
+    why: str = field(default="", compare=False)
+    units: int | None = field(default=None, compare=False)
+
+    def misfit(self, shape: tuple[int, ...], tp: int) -> str:
+        """Return why a derived mark cannot be used on a degree of ``tp``; empty when it can."""
+        if not self.why or self.axis != "tp" or self.dim is None or tp == 1:
+            return ""
+        if self.units is not None and self.units % tp:
+            return f"{self.why}: {self.units} % {tp} = {self.units % tp}"
+        odd = next((n for n in self.parts or (shape[self.dim],) if n % tp), None)
+        return "" if odd is None else f"{self.why}: {odd} % {tp} = {odd % tp}"
 
     def __str__(self) -> str:
         if self.axis is None:
@@ -202,7 +219,10 @@ def annotate(model: nn.Module, rules: Mapping[str, Rule] | None = None) -> nn.Mo
         model: any module; only annotations are added.
         rules: glob of dotted names -> ``("tp", dim)``, ``("tp", dim, parts)``, ``None``
             (replicated), ``"pp"`` for a list of blocks, or a list of these for several
-            axes. ``*`` stands for one name between dots, ``**`` for any number.
+            axes. ``*`` stands for one name between dots, ``**`` for any number. Without rules
+            they are derived: from the plans that transformers' models ship, and from structure
+            (see ``derive``). Annotations that the user gives, before or after, win; on a mesh
+            that a derived one does not fit its parameter stays whole. The plan says all of it.
 
     Raises: ShardingError listing all problems: a glob that matches nothing, rules that
         disagree, a dim out of range, an unknown axis. Nothing is annotated then.
@@ -212,10 +232,7 @@ def annotate(model: nn.Module, rules: Mapping[str, Rule] | None = None) -> nn.Mo
     >>> _ = nemo2.annotate(net, {"0.weight": ("tp", 0), "0.bias": ("tp", 0), "1.weight": ("tp", 1)})
     """
     if rules is None:
-        raise ShardingError(
-            "annotate(model) without rules: deriving annotations is not built yet\n"
-            '  what works: annotate(model, {"layers.*.up.weight": ("tp", 0), "layers": "pp"})'
-        )
+        return _annotate_derived(model)
     params = dict(model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules(remove_duplicate=False))
     problems: list[str] = []
@@ -245,6 +262,22 @@ def annotate(model: nn.Module, rules: Mapping[str, Rule] | None = None) -> nn.Mo
         _write(*_owner(modules, name), _marks[params[name]])
     for module in blocks:
         _shard_blocks(module, "pp")
+    return model
+
+
+def _annotate_derived(model: nn.Module) -> nn.Module:
+    from .derive import derive
+
+    derived = derive(model)
+    params = dict(model.named_parameters(remove_duplicate=False))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, mark in derived.marks.items():
+        add_mark(params[name], mark)
+        _write(*_owner(modules, name), _marks[params[name]])
+    if derived.blocks is not None:
+        name, why = derived.blocks
+        modules[name].__dict__.setdefault(_BLOCKS, why)
+    model.__dict__[_LEFT] = dict(derived.left)
     return model
 
 
@@ -299,11 +332,28 @@ def _nearest(pattern: str, names: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Annotations:
-    """What the marks of one model say: marks by canonical parameter name, and its block lists."""
+    """What the marks of one model say: marks by canonical parameter name, and its block lists.
+
+    ``derived`` says of annotations that the user did not give: (name, what, why).
+    """
 
     marks: Mapping[str, tuple[Mark, ...]]
     aliases: Mapping[str, tuple[str, ...]]
     blocks: tuple[str, ...]
+    derived: tuple[tuple[str, str, str], ...] = ()
+
+    def on(self, tp: int, shapes: Mapping[str, tuple[int, ...]]) -> Annotations:
+        """Return the annotations for a degree of ``tp``, without derived ones that do not fit."""
+        marks, derived = {}, list(self.derived)
+        for name, own in self.marks.items():
+            odd = {m: why for m in own if (why := m.misfit(shapes[name], tp))}
+            marks[name] = tuple(m for m in own if m not in odd)
+            derived += [
+                (name, "replicated" if m in odd else f"({m})", odd.get(m, m.why))
+                for m in own
+                if m.why and (tp > 1 or m.axis != "tp")
+            ]
+        return Annotations(marks, self.aliases, self.blocks, tuple(derived))
 
 
 def collect(model: nn.Module) -> Annotations:
@@ -322,8 +372,24 @@ def collect(model: nn.Module) -> Annotations:
             names = aliases.setdefault(canonical, [])
             if name != canonical and name not in names:
                 names.append(name)
-    blocks = [n for n, m in model.named_modules() if m.__dict__.get(_BLOCKS)]
+    lists = {n: m.__dict__[_BLOCKS] for n, m in model.named_modules() if m.__dict__.get(_BLOCKS)}
+    given = [n for n, why in lists.items() if why is True]
+    derived = [] if given else [(n, '"pp"', str(why)) for n, why in lists.items()]
+    left = model.__dict__.get(_LEFT, {})
     order = [n for n, _ in model.named_parameters()]
     return Annotations(
-        {n: marks[n] for n in order}, {n: tuple(aliases[n]) for n in order}, tuple(blocks)
+        {n: _given_first(marks[n]) for n in order},
+        {n: tuple(aliases[n]) for n in order},
+        tuple(given or lists),
+        (*derived, *((n, "replicated", why) for n, why in left.items() if _free(n, marks))),
     )
+
+
+def _given_first(marks: tuple[Mark, ...]) -> tuple[Mark, ...]:
+    """Drop the derived marks of a parameter for which the user gave one."""
+    given = tuple(m for m in marks if not m.why)
+    return given if any(m.axis in ("tp", None) for m in given) else marks
+
+
+def _free(module: str, marks: Mapping[str, tuple[Mark, ...]]) -> bool:
+    return not any(own for name, own in marks.items() if name.startswith(f"{module}."))
