@@ -55,13 +55,13 @@ def _entry(x: Input, dim: int, cp: int, tp: int, balance: bool) -> Entry:
     size, parts = x.shape[dim], cp * (2 if balance else 1)
     if size % parts:
         fits = [n for n in range(1, min(size, 64) + 1) if size % (n * parts // cp) == 0]
+        sizes = f"cp in {{{', '.join(map(str, fits))}}} | " if fits else ""
         balanced = f" ({parts} parts, to balance causal work)" if balance else ""
         plain = " | ContextParallel(balance=False)" if size % cp == 0 else ""
         raise ShardingError(
             f"the sequence of {size} does not divide by cp={cp}{balanced}: {size} % {parts} ="
             f" {size % parts}\n"
-            f"  options: cp in {{{', '.join(map(str, fits))}}}"
-            f" | a sequence of {-(-size // parts) * parts}{plain}"
+            f"  options: {sizes}a sequence of {-(-size // parts) * parts}{plain}"
         )
     axes = ("cp", "tp") if tp > 1 and size % (cp * tp) == 0 else ("cp",)
     steps = tuple(("split", axis, Layout(dim)) for axis in axes)

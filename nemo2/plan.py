@@ -307,7 +307,10 @@ def plan_step(
         out.layouts = (REPLICATED, param.tp_layout)
         return out
 
+    split = plan.sizes.cp * plan.sizes.tp > 1
+
     def record(setting: Setting, given: Any = batch) -> Trace:
+        setting = replace(setting, by_module=split)
         recorder = Recorder(setting, blocks)
         with planning(model, where, absent, recorder):
             return run_step(lambda: step(model, given), recorder)
@@ -317,6 +320,7 @@ def plan_step(
             return prover.attempt(lambda: step(model, batch))
 
     setting, trace = _settle(plan, batch, record)
+    setting = replace(setting, by_module=split)
     randomness = key_dropout(trace, batch, lambda given: record(Setting(), given))
     boundaries = crossings(trace, plan.stages)
     captured = {c.key for b in boundaries for c in b}

@@ -7,7 +7,7 @@ blocks; and what each block returned. Nothing is computed and no parameter memor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from .errors import PipelineError
 from .pipeline.absent import (
+    REAL_CONSTRUCTORS,
     Absent,
     NeedsValueError,
     absent_call,
@@ -61,6 +62,8 @@ class Setting:
         sequence: number of a torch call -> where the sequence is in its first result.
         entries: (module, n-th call) -> what happens to its arguments on the way in.
         exits: (module, n-th call) -> axes over which what it returns is gathered.
+        by_module: what code is taken as a whole when it reads values: the module that does, or
+            the block that it is in.
     """
 
     degrees: tuple[int, int] = (1, 1)
@@ -69,6 +72,7 @@ class Setting:
     sequence: Mapping[int, tuple[Layout, ...]] = field(default_factory=dict)
     entries: Mapping[tuple[str, int], tuple[Entry, ...]] = field(default_factory=dict)
     exits: Mapping[tuple[str, int], tuple[str, ...]] = field(default_factory=dict)
+    by_module: bool = False
 
 
 class Recorder(Watcher):
@@ -138,11 +142,11 @@ class Recorder(Watcher):
         )
         calls = [Call(name, func, args, kwargs, scene, axis) for axis in self.axes or AXES[1:]]
         call = calls[-1]
-        out = absent_call(func, args, kwargs)
+        out = self._made(name, func, args, kwargs)
         decision = self._decide(number, calls, out)
         outs = [x for x in tree_leaves(out) if is_absent(x)]
         grad = (
-            name not in ("detach", "data")
+            name not in ("detach", "data", *REAL_CONSTRUCTORS)
             and (torch.is_grad_enabled() or bool(self.functions))
             and any(op.needs_grad for op in call.operands)
         )
@@ -151,12 +155,27 @@ class Recorder(Watcher):
             if x.key is None and x.param is None:
                 self._born(x, ("call", number, leaf), own)
                 x.needs_grad = grad and differentiable(x.meta)
+                x.unusable = decision.unusable
         if grad and is_inplace(name):
             self._spread_gradient(call.operands[0].meta)
         event = self._event(number, calls, decision, out, outs)
         self._note_draws(event, args, kwargs)
         self.stack[-1].items.append(event)
         return out
+
+    def _made(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Return the result of a call; in a block also what a constructor makes is absent.
+
+        Blocks may write absent values into it; and no other stage recomputes what is in them.
+        """
+        out = absent_call(func, args, kwargs)
+        if name in REAL_CONSTRUCTORS and self._in_block():
+            home = next(x.home for x in tree_leaves((args, kwargs)) if is_absent(x))
+            return Absent(to_meta(out), home)
+        return out
+
+    def _in_block(self) -> bool:
+        return not self.block_index or any(a.block is not None for a in self.stack)
 
     def _note_draws(self, event: Event, args: Any, kwargs: Any) -> None:
         """Say whether a checkpoint runs the call again, and how it draws random numbers."""
@@ -256,6 +275,8 @@ class Recorder(Watcher):
 
     def _note_uses(self, absents: Sequence[Absent]) -> None:
         for x in absents:
+            if x.unusable is not None:
+                raise x.unusable
             if x.param is not None:
                 self.param_uses.setdefault(x.param, set()).add(self.position)
                 scope = tuple(a.module for a in self.stack)
@@ -285,19 +306,18 @@ class Recorder(Watcher):
                 self._enter_block(name, block, ordinal)
                 self._note_uses([x for x in tree_leaves((args, kwargs)) if is_absent(x)])
         activation = Activation(name, ordinal, is_leaf(module), block, depth=len(self.functions))
+        activation.first = self.numbers
         self.stack[-1].items.append(activation)
         with suspended():
             args, kwargs = self._enter(activation, args, kwargs)
         self.stack.append(activation)
         try:
-            out = forward(*args, **kwargs)
+            out = self._run(activation, forward, args, kwargs)
         except NeedsValueError:
-            if block is None or self.axes:
+            if not self._closed(activation, module):
                 raise
             with suspended():
-                out = self._assume(module, args, kwargs)
-                self._use_all(module)
-            activation.items.clear()
+                out = self._assume(activation, module, args, kwargs)
         finally:
             while self.stack.pop() is not activation:
                 pass
@@ -399,24 +419,53 @@ class Recorder(Watcher):
     def _rekey(self, name: str, ordinal: int, out: Any, start: int) -> None:
         """Name a value by the outermost module that made and returned it.
 
-        Such a name can be found again on any stage, where the module may be absent.
+        Such a name can be found again on any stage, where the module may be absent. What was
+        made before the last block called keeps its name: a stage may end before ``name`` does.
         """
         for leaf, x in enumerate(tree_leaves(out)):
-            if is_absent(x) and id(x) in self.values and self.values[id(x)].number >= start:
-                x.key = ("out", name, ordinal, leaf)
-                self.values[id(x)].key = x.key
+            value = self.values.get(id(x)) if is_absent(x) else None
+            if value is not None and value.number >= start and value.born == self.position:
+                x.key = value.key = ("out", name, ordinal, leaf)
 
-    def _assume(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Let a block that looks at values, and so cannot run, return one tensor like its input."""
+    def _run(
+        self, activation: Activation, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        return forward(*args, **kwargs)
+
+    def _closed(self, activation: Activation, module: nn.Module) -> bool:
+        """Say whether a module that reads values may be taken as a whole: its code is not planned.
+
+        Inside of blocks, where every rank of an axis can run all of it on whole tensors.
+        """
+        if not self.setting.by_module:
+            return activation.block is not None
+        params = [p for m in module.modules() for p in m._parameters.values()]
+        whole = all(x is None or not is_absent(x) or x.layouts == WHOLE for x in params)
+        return bool(activation.module) and self._in_block() and whole and self.degrees[0] == 1
+
+    def _assume(self, activation: Activation, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Let code that reads values, and so cannot run, return one tensor like its input.
+
+        What it is given is gathered; that the assumption holds is checked when it runs.
+        """
         leaves = tree_leaves((args, kwargs))
         like = next((x for x in leaves if is_absent(x) and x.meta.is_floating_point()), None)
         if like is None:
             raise PipelineError(
-                f"{type(module).__name__}: what this block returns cannot be planned"
+                f"{type(module).__name__}: what this module returns cannot be planned, as it reads"
+                " values and is given no tensor"
             )
-        out = Absent(torch.empty_like(like.meta), like.home)
+        shape = self._whole_shape(activation, like)
+        out = Absent.like(shape, like.meta.dtype, like.home)
         self._born(out, ("call", -1, 0), WHOLE)
+        self._use_all(module)
+        activation.items.clear()
+        activation.entries = (*activation.entries, *_gathered(leaves))
+        activation.closed, self.numbers = shape, activation.first
         return out
+
+    def _whole_shape(self, activation: Activation, like: Absent) -> tuple[int, ...]:
+        return tuple(like.meta.shape)
 
     def _use_all(self, module: nn.Module) -> None:
         for sub in module.modules():
@@ -444,6 +493,14 @@ class Recorder(Watcher):
             self.degrees,
             complete,
         )
+
+
+def _gathered(leaves: Sequence[Any]) -> Iterator[Entry]:
+    """Say how each argument that is split over ``tp`` is made whole."""
+    for i, x in enumerate(leaves):
+        if is_absent(x) and not x.layouts[1].replicated:
+            steps = (("gather", "tp", x.layouts[1]),)
+            yield Entry(i, steps, tuple(x.meta.shape), x.meta.dtype, x.needs_grad)
 
 
 _DROPOUTS = (nn.Dropout, nn.AlphaDropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)

@@ -84,6 +84,9 @@ class Activation:
         inputs, outputs: the tensors given and (by key) returned.
         entries, exits: what nemo2 does to some of them on the way in and out.
         depth: how many custom autograd functions were running.
+        first: number of the first torch call in it.
+        closed: the shape of what it is assumed to return, where its code reads values and is
+            not planned.
     """
 
     module: str
@@ -97,6 +100,8 @@ class Activation:
     entries: tuple[Entry, ...] = ()
     exits: tuple[Entry, ...] = ()
     depth: int = 0
+    first: int = 0
+    closed: tuple[int, ...] | None = None
 
     def events(self) -> Iterator[Event]:
         return (x for x in self.items if isinstance(x, Event))

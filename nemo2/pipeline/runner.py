@@ -29,6 +29,7 @@ from ..sharding.collectives import Axis, gather
 from ..sharding.dropout import Forward
 from ..sharding.layout import AXES
 from ..sharding.remat import recomputed
+from ..sharding.scripts import Programs
 from ..sharding.storage import placeholder
 from .absent import Absent, is_absent, resolve
 from .boundary import Boundary, TensorSpec
@@ -230,18 +231,24 @@ class StageRunner(nn.Module):
                 self._install(name, partial(self._emulated, script=script))
         for name in step_plan.programs.quiet:
             self._install(name, quiet_forward)
-        entries, exits = step_plan.programs.entries, step_plan.programs.exits
-        for name in {**entries, **exits}:
-            ways = entries.get(name, ()), exits.get(name, ())
-            self._install(
-                name, partial(edged_forward, entries=ways[0], exits=ways[1], axes=self.axes)
-            )
+        self._install_edges(step_plan.programs)
         for module_name in {c.key[1] for b in step_plan.boundaries for c in b if c.key[0] == "out"}:
             module = self.module.get_submodule(module_name)
             self._handles.append(module.register_forward_hook(self._capturing(module_name)))
         if len(self.stages) > 1:
             for stage in self.stages:
                 self._hidden[stage.index] = self._hiding(stage, step_plan)
+
+    def _install_edges(self, programs: Programs) -> None:
+        for name in {**programs.entries, **programs.exits, **programs.closed}:
+            make = partial(
+                edged_forward,
+                entries=programs.entries.get(name, ()),
+                exits=programs.exits.get(name, ()),
+                axes=self.axes,
+                closed=programs.closed.get(name),
+            )
+            self._install(name, make)
 
     def _hiding(self, stage: StagePlan, step_plan: StepPlan) -> list[_Change]:
         """Return what hides from ``stage`` the blocks and parameters of this rank's others."""
@@ -294,20 +301,19 @@ class StageRunner(nn.Module):
         """Show the module as the user wrote it, for planning: no forwards or FSDP hooks of ours."""
         self._uninstall()
         forwards = [(block, block.__dict__.pop("forward")) for block, _ in self._absent_blocks]
-        hooks = [(m, dict(m._forward_pre_hooks), dict(m._forward_hooks)) for m in managed]
+        hidden = []
         for module in managed:
             fsdp: Any = module
             state = fsdp._get_fsdp_state()
-            module._forward_pre_hooks.pop(state._pre_forward_hook_handle.id, None)
-            module._forward_hooks.pop(state._post_forward_hook_handle.id, None)
+            hidden.append(_hide(module._forward_pre_hooks, state._pre_forward_hook_handle.id))
+            hidden.append(_hide(module._forward_hooks, state._post_forward_hook_handle.id))
         try:
             yield
         finally:
             for block, forward in forwards:
                 block.__dict__["forward"] = forward
-            for module, before, after in hooks:
-                _refill(module._forward_pre_hooks, before)
-                _refill(module._forward_hooks, after)
+            for show in hidden:
+                show()
 
     def _install(self, name: str, make: Callable[[nn.Module, Callable[..., Any]], Any]) -> None:
         index = block_of(name, self.plan.blocks)
@@ -434,9 +440,21 @@ def _axes(plan: Plan, groups: MeshGroups) -> dict[str, Axis]:
     }
 
 
-def _refill(hooks: MutableMapping[int, Any], before: dict[int, Any]) -> None:
-    hooks.clear()
-    hooks.update(before)
+def _hide(hooks: MutableMapping[int, Any], ours: int) -> Callable[[], None]:
+    """Take the hook ``ours`` out; return what puts it back in its place.
+
+    The user's code may register and remove others meanwhile.
+    """
+    before = dict(hooks)
+    hooks.pop(ours, None)
+
+    def show() -> None:
+        kept = {k: hook for k, hook in before.items() if k == ours or k in hooks}
+        added = {k: hook for k, hook in hooks.items() if k not in before}
+        hooks.clear()
+        hooks.update(kept | added)
+
+    return show
 
 
 def _boundary(values: tuple[Crossing, ...]) -> Boundary:
