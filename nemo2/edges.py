@@ -75,8 +75,9 @@ def exits_needed(trace: Trace, block: str) -> dict[Edge, tuple[str, ...]]:
     it is better to gather those.
     """
     order = list(trace.root.walk())
-    at = next(i for i, a in enumerate(order) if (a.module, a.ordinal) == (block, 0))
-    last = order[at]
+    last = next((a for a in order if (a.module, a.ordinal) == (block, 0)), None)
+    if last is None:
+        return {}
     inside = set(map(id, last.walk()))
     born = {v.key: v.absent for v in trace.values}
     outs = [born[key] for key in last.outputs if key in born]

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .edges import check_blocks, context_entries, exits_needed, shared_gathers
 from .errors import Nemo2Error, ShardingError
 from .lengths import find_lengths
+from .limits import check_limits, check_same_path
 from .mesh.sizes import MeshSizes
 from .options import Options
 from .pipeline.absent import Absent
@@ -97,6 +98,7 @@ class StepPlan:
             rank may run a stage that holds them).
         output: per leaf of the step's result, its layout.
         randomness: which calls draw random numbers, and how.
+        called: the blocks that the step calls, in order.
     """
 
     programs: Programs
@@ -107,6 +109,7 @@ class StepPlan:
     output: tuple[Sharding, ...]
     trace: Trace
     randomness: Randomness
+    called: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -321,6 +324,7 @@ def plan_step(
 
     setting, trace = _settle(plan, batch, record)
     setting = replace(setting, by_module=split)
+    check_limits(plan, trace)
     randomness = key_dropout(trace, batch, lambda given: record(Setting(), given))
     boundaries = crossings(trace, plan.stages)
     captured = {c.key for b in boundaries for c in b}
@@ -341,6 +345,7 @@ def plan_step(
         trace.output_layouts,
         trace,
         randomness,
+        trace.blocks_called(plan.blocks),
     )
 
 
@@ -363,6 +368,7 @@ def _settle(plan: Plan, batch: Any, record: Callable[..., Trace]) -> tuple[Setti
         entries = context_entries(lengths, plan.blocks[0], sizes.cp, tp, balance)
         setting = replace(setting, entries=entries)
     trace = record(setting)
+    check_same_path(plan, lengths.trace, trace)
     if plan.blocks:
         exits = exits_needed(trace, plan.blocks[-1])
         if exits:

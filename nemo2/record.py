@@ -42,6 +42,7 @@ from .trace import (
     Entry,
     Event,
     Input,
+    Notes,
     Trace,
     Value,
     identity,
@@ -96,6 +97,7 @@ class Recorder(Watcher):
         self.ordinals: dict[str, int] = {}
         self.functions: list[type] = []  # custom autograd functions that are running
         self.copied: set[int] = set()  # memory of which some views were gathered
+        self.notes = Notes()
 
     # --- torch calls
 
@@ -175,7 +177,10 @@ class Recorder(Watcher):
         return out
 
     def _in_block(self) -> bool:
-        return not self.block_index or any(a.block is not None for a in self.stack)
+        return not self.block_index or self._block() is not None
+
+    def _block(self) -> int | None:
+        return next((a.block for a in reversed(self.stack) if a.block is not None), None)
 
     def _note_draws(self, event: Event, args: Any, kwargs: Any) -> None:
         """Say whether a checkpoint runs the call again, and how it draws random numbers."""
@@ -271,7 +276,8 @@ class Recorder(Watcher):
 
     def _born(self, x: Absent, key: tuple[Any, ...], layouts: Sharding) -> None:
         x.key, x.layouts = key, layouts
-        self.values[id(x)] = Value(key, x, self.position, len(self.values))
+        value = self.values[id(x)] = Value(key, x, self.position, len(self.values))
+        value.block = self._block()
 
     def _note_uses(self, absents: Sequence[Absent]) -> None:
         for x in absents:
@@ -282,7 +288,10 @@ class Recorder(Watcher):
                 scope = tuple(a.module for a in self.stack)
                 self.param_scopes.setdefault(x.param, set()).add(scope)
             elif id(x) in self.values:
-                self.values[id(x)].uses.add(self.position)
+                value = self.values[id(x)]
+                value.uses.add(self.position)
+                if value.block is not None and value.block != self._block():
+                    self.notes.escaped.add((value.block, self.position, user_line()))
 
     def before_blocks(self) -> bool:
         """Say whether no block has been called: there the sequence is not split over ``cp``."""
@@ -302,6 +311,8 @@ class Recorder(Watcher):
         with suspended():
             ordinal = self.ordinals[name] = self.ordinals.get(name, -1) + 1
             start = len(self.values)
+            if kwargs.get("output_router_logits") and torch.is_grad_enabled():
+                self.notes.router_logits = True
             if block is not None:
                 self._enter_block(name, block, ordinal)
                 self._note_uses([x for x in tree_leaves((args, kwargs)) if is_absent(x)])
@@ -396,12 +407,17 @@ class Recorder(Watcher):
                 '  options: order the list as it is called | leave out shard(..., "pp")'
             )
         self.position = block
+        if CheckpointFunction in self.functions:
+            self.notes.reentrant.add(block)
 
     def _leave_block(self, block: int, args: Any, kwargs: Any, out: Any) -> Any:
         given = tree_leaves((args, kwargs))
         position = {id(x): i for i, x in enumerate(given) if isinstance(x, Tensor)}
         leaves, spec = tree_flatten(out)
         described: list[tuple[Any, ...]] = []
+        for x in leaves:
+            if id(x) in self.values:
+                self.values[id(x)].block = None
         for i, x in enumerate(leaves):
             if isinstance(x, Tensor) and id(x) in position:
                 described.append(("arg", position[id(x)]))
@@ -492,6 +508,7 @@ class Recorder(Watcher):
             layouts,
             self.degrees,
             complete,
+            self.notes,
         )
 
 

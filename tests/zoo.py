@@ -29,6 +29,7 @@ _TINY = {
     "eos_token_id": 2,
 }
 _QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_MIXTRAL = {"kind": "Mixtral", "num_local_experts": 4}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
 
 
@@ -196,9 +197,7 @@ class TorchTransformer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, WIDTH)
-        self.transformer = nn.Transformer(
-            WIDTH, 4, 2, 2, 64, dropout=0.0, batch_first=True, norm_first=True
-        )
+        self.transformer = nn.Transformer(WIDTH, 4, 2, 2, 64, dropout=0.0, batch_first=True)
         self.head = nn.Linear(WIDTH, VOCAB)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -294,7 +293,8 @@ class Model:
         return nemo2.annotate(self.build(**self.how))
 
 
-_SEQUENCE = {"cp=2": "is the sequence"}
+_NO_SEQUENCE = {"cp=2": "to find which dims are the sequence"}
+_MIXES = {"cp=2": "needs the whole sequence"}
 MESHES = ("tp=2", "pp=2", "dp=2", "cp=2", "tp=2,pp=2", "dp=2,tp=2")
 ZOO: dict[str, Model] = {
     "Llama": Model(causal, {"kind": "Llama"}),
@@ -304,26 +304,26 @@ ZOO: dict[str, Model] = {
     "Qwen2": Model(causal, {"kind": "Qwen2"}),
     "Qwen3": Model(causal, {"kind": "Qwen3", "head_dim": 8}),
     "Mistral": Model(causal, {"kind": "Mistral", "sliding_window": 4}),
-    "Gemma-2": Model(causal, {"kind": "Gemma2", "head_dim": 8, "sliding_window": 4}),
+    "Gemma-2": Model(
+        causal, {"kind": "Gemma2", "head_dim": 8, "sliding_window": 4}, refused=_MIXES
+    ),
     "Phi-3": Model(causal, {"kind": "Phi3"}),
     "GPT-2": Model(gpt2),
     "GPT-NeoX": Model(causal, {"kind": "GPTNeoX"}),
     "BERT, masked-LM": Model(bert),
-    "ViT": Model(vit, {}, pixels),
-    "T5": Model(t5),
-    "Mixtral": Model(causal, {"kind": "Mixtral", "num_local_experts": 4}, dtype=torch.float32),
-    "Mixtral, batched_mm": Model(
-        causal, {"kind": "Mixtral", "num_local_experts": 4, "experts": "batched_mm"}
+    "ViT": Model(vit, {}, pixels, refused=_NO_SEQUENCE),
+    "T5": Model(t5, refused={"cp=2": "a mask that needs a gradient"}),
+    "Mixtral": Model(causal, _MIXTRAL, refused=_MIXES, dtype=torch.float32),
+    "Mixtral, batched_mm": Model(causal, {**_MIXTRAL, "experts": "batched_mm"}, refused=_MIXES),
+    "Mixtral, eager": Model(causal, {**_MIXTRAL, "experts": "eager"}, refused=_MIXES),
+    "Qwen3-MoE": Model(
+        causal, {"kind": "Qwen3Moe", **_EXPERTS}, refused=_MIXES, dtype=torch.float32
     ),
-    "Mixtral, eager": Model(
-        causal, {"kind": "Mixtral", "num_local_experts": 4, "experts": "eager"}
-    ),
-    "Qwen3-MoE": Model(causal, {"kind": "Qwen3Moe", **_EXPERTS}, dtype=torch.float32),
-    "timm-like ViT": Model(TimmViT, {}, labelled, class_loss),
-    "ConvNeXt-like": Model(ConvNext, {}, labelled, class_loss),
-    "U-Net-like": Model(UNet, {}, images, image_loss),
+    "timm-like ViT": Model(TimmViT, {}, labelled, class_loss, _NO_SEQUENCE),
+    "ConvNeXt-like": Model(ConvNext, {}, labelled, class_loss, _NO_SEQUENCE),
+    "U-Net-like": Model(UNet, {}, images, image_loss, _NO_SEQUENCE),
     "nn.Transformer": Model(TorchTransformer, {}, token_ids, copy_loss),
-    "MLP, nn.Sequential": Model(mlp, {}, rows, class_loss),
+    "MLP, nn.Sequential": Model(mlp, {}, rows, class_loss, _NO_SEQUENCE),
 }
 
 

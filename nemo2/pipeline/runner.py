@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import PipelineError
+from ..limits import skipped
 from ..mesh.groups import MeshGroups
 from ..places import Place
 from ..plan import Plan, StepPlan
@@ -57,6 +58,7 @@ class Passage:
     """One forward of one microbatch through one stage."""
 
     received: tuple[Tensor, ...]
+    called: int = 0  # blocks so far
     values: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     mode: Emulate | None = None
@@ -126,6 +128,7 @@ class StageRunner(nn.Module):
                 return args, kwargs
             if not self.stage.holds(index):
                 return args, kwargs
+            self._follow(passage, index)
             if index == self.stage.first:
                 self._bind(passage, block)
             if self.step_plan is not None:
@@ -140,6 +143,21 @@ class StageRunner(nn.Module):
 
         return hook
 
+    def _follow(self, passage: Passage, index: int | None) -> None:
+        """Check that the blocks called are those that were planned; ``None``: no more are.
+
+        On a mesh of dp alone a step may skip blocks.
+        """
+        sizes = self.plan.sizes
+        if self.step_plan is None or sizes.pp * sizes.cp * sizes.tp == 1:
+            return
+        planned = [i for i in self.step_plan.called if self.stage.holds(i)]
+        expected = planned[passage.called] if passage.called < len(planned) else None
+        if index != expected:
+            names = [None if i is None else self.plan.blocks[i] for i in (index, expected)]
+            raise skipped(names[0] or "no block", names[1])
+        passage.called += 1
+
     def _leaving(self, block: nn.Module, args: Any, output: Any) -> None:
         if self.passage is not None and self.passage.paused is not None:
             resume(self.passage.paused)
@@ -150,14 +168,6 @@ class StageRunner(nn.Module):
         if self.stage.index == 0:
             return
         values = self._crossing_in(self.stage)
-        expects_grad = any(c.requires_grad for c in values)
-        if block.training and torch.is_grad_enabled() is False and expects_grad:
-            raise PipelineError(
-                "the first block of this stage runs without gradients while training:"
-                " a reentrant activation checkpoint"
-                " around it would lose the gradients of earlier stages\n"
-                "  options: checkpoint(..., use_reentrant=False)"
-            )
         for crossing, value in zip(values, passage.received, strict=True):
             target = passage.values.get(crossing.key)
             if is_absent(target):
@@ -411,7 +421,9 @@ class StageRunner(nn.Module):
                     self._leaving(self, (), None)  # a block that raised has not left
                     raise
         except StageExit as exit:
+            self._follow(passage, None)
             return exit.outputs
+        self._follow(passage, None)
         if isinstance(mode, Emulate):
             mode.check_complete()
         if not self.at_end:

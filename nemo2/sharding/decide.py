@@ -75,7 +75,8 @@ def _decide_part(call: Call, out: Any) -> _Part | None:
     if not call.any_split and call.name != "constrain":
         return None
     first = call.operands[0]
-    local = is_pointwise(call) and first.layout.plain
+    alike = all(op.entry == first.entry or op.meta.numel() == 1 for op in call.operands)
+    local = is_pointwise(call) and (first.layout.plain or alike)
     if is_inplace(call.name) and first.dim is not None and not local:
         raise refuse(call, "writes in place into")
     if isinstance(call.kwargs.get("out"), Tensor):
