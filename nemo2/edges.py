@@ -128,7 +128,10 @@ def _search(activation: Activation, moved: dict[Edge, tuple[Entry, ...]]) -> Non
     for child in activation.children():
         if child.leaf:
             continue
-        entries = tuple(e for x in child.inputs if (e := _movable(child, x)) is not None)
+        # What crosses to another stage is named by what made it, and no edge around blocks did.
+        holds = child.block is None and any(a.block is not None for a in child.walk())
+        able = () if holds else child.inputs
+        entries = tuple(e for x in able if (e := _movable(child, x)) is not None)
         if entries:
             moved[child.module, child.ordinal] = entries
         else:

@@ -29,7 +29,7 @@ from .pipeline.absent import (
 )
 from .pytree import tree_flatten, tree_leaves, tree_unflatten
 from .randomness import draws
-from .sharding.actions import COMPOSITE, Watcher, suspended
+from .sharding.actions import COMPOSITE, Watcher, is_marker, suspended
 from .sharding.calls import Call, Decision, Scene, differentiable, refuse
 from .sharding.decide import decide
 from .sharding.dropout import is_dropout
@@ -111,6 +111,8 @@ class Recorder(Watcher):
         kwargs = kwargs or {}
         if func in COMPOSITE:
             return self.opened(func, args, kwargs)
+        if is_marker(func):
+            return func(*args, **kwargs)
         name = name_of(func)
         number = self.numbers
         self.numbers += 1

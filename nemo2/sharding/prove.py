@@ -23,7 +23,7 @@ from ..planning import run_step
 from ..pytree import tree_leaves, tree_unflatten
 from ..record import Recorder, Setting, is_leaf
 from ..trace import Activation, Event, Trace, identity
-from .actions import COMPOSITE, Action, Fix
+from .actions import COMPOSITE, Action, Fix, is_marker
 from .layout import Sharding, local_shape
 from .scripts import Programs, installable, needing, programs
 
@@ -146,6 +146,8 @@ class Prover(Recorder):
     ) -> Any:
         if func in COMPOSITE:
             return self.opened(func, args, kwargs or {})
+        if is_marker(func):
+            return func(*args, **(kwargs or {}))
         activation, event = self.expected.get(self.numbers, (None, None))
         if activation is None or event is None or event.name != name_of(func):
             raise self._differs()
