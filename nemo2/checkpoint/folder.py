@@ -29,7 +29,7 @@ def check_safetensors() -> None:
 class Folder:
     """The tensors of a folder, or of one of its files; opened when they are needed.
 
-    Files are mapped into memory: only what is asked for is read from the disk.
+    Files are mapped into memory: what is asked for is read from the disk, in whole pages.
 
     Attributes:
         files: key -> the file that holds its tensor.

@@ -106,9 +106,8 @@ def _slices(parts: Sequence[int], degree: int, rank: int) -> list[_Run]:
 
 def _chunk(runs: Sequence[_Run], degree: int, rank: int) -> list[_Run]:
     """Return a rank's chunk of a dim as ``torch.chunk`` cuts it: the last ones short or empty."""
-    total = sum(r.size for r in runs)
-    size = -(-total // degree)
-    first, end = rank * size, min((rank + 1) * size, total)
+    size = -(-sum(r.size for r in runs) // degree)
+    first, end = rank * size, (rank + 1) * size
     chunk = []
     for r in runs:
         a, b = max(r.at, first), min(r.at + r.size, end)
