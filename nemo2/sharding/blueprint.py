@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Spot = tuple[str, str]  # (module's first name, attribute)
 
@@ -30,6 +32,13 @@ class Call:
 
     module: str
     owner: str | None = None
+
+
+class Count(NamedTuple):
+    """How often a tensor was written: as torch counts it, and without a trace on meta."""
+
+    seen: int
+    unseen: int
 
 
 class Blueprint:
@@ -87,7 +96,7 @@ class Blueprint:
             owner: Any = self.modules[call.owner]
             owner._init_weights(module)
 
-    def writes(self, call: Call) -> dict[Spot, int]:
+    def writes(self, call: Call) -> dict[Spot, Count]:
         """Run ``call`` on meta; return how often it wrote each tensor."""
         under = [
             ((self.name(m), leaf), x)
@@ -96,12 +105,12 @@ class Blueprint:
             if x is not None
         ]
         before = [x._version for _, x in under]
-        with initialising():
+        with initialising(), _Untraced() as untraced:
             self.run(call)
         return {
-            spot: x._version - then
+            spot: Count(x._version - then, untraced.count(x))
             for (spot, x), then in zip(under, before, strict=True)
-            if x._version != then
+            if x._version != then or untraced.count(x)
         }
 
     def bottom_up(self, name: str) -> Iterator[str]:
@@ -116,6 +125,42 @@ def initialising() -> Iterator[None]:
     """Keep the caller's generator; new tensors have values even under a default of meta."""
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
         yield
+
+
+# Functions of torch.nn.init that return at once on meta, in some or all versions of torch.
+_UNTRACED = {"trunc_normal_", "orthogonal_", "dirac_", "sparse_"}
+
+
+class _Untraced(TorchFunctionMode):
+    """Counts the writes that these functions would do: they ask whether a tensor is on meta."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counts: Counter[int] = Counter()
+
+    def count(self, x: Tensor) -> int:
+        return self._counts[x.untyped_storage()._cdata]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        asks = getattr(func, "__self__", None) is Tensor.is_meta
+        if asks and sys._getframe(1).f_globals.get("__name__") == "torch.nn.init":
+            self._counts[args[0].untyped_storage()._cdata] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def untraced(module: nn.Module) -> str:
+    """Return which of these functions methods of the module call, initialisers left out."""
+    for cls in type(module).__mro__:
+        for name, method in vars(cls).items():
+            code = getattr(method, "__code__", None)
+            if code is None or name in ("reset_parameters", "_init_weights"):
+                continue
+            found = sorted(_UNTRACED & set(code.co_names))
+            if found:
+                return found[0]
+    return ""
 
 
 def like(x: Tensor | None, device: str) -> Any:
@@ -182,12 +227,12 @@ class Writes:
     """What calls write: for each tensor the calls, by their place in the order, and how often."""
 
     calls: list[Call]
-    by_spot: dict[Spot, dict[int, int]]
+    by_spot: dict[Spot, dict[int, Count]]
     failed: dict[Call, Exception]
 
     @classmethod
     def of(cls, blueprint: Blueprint, calls: Sequence[Call]) -> Writes:
-        by_spot: dict[Spot, dict[int, int]] = {}
+        by_spot: dict[Spot, dict[int, Count]] = {}
         failed: dict[Call, Exception] = {}
         for i, call in enumerate(calls):
             try:
@@ -197,8 +242,9 @@ class Writes:
                 failed[call] = error
         return cls(list(calls), by_spot, failed)
 
-    def count(self, spot: Spot) -> int:
-        return sum(self.by_spot.get(spot, {}).values())
+    def seen(self, spot: Spot) -> int:
+        """Return how often the calls write ``spot``, as torch counts it."""
+        return sum(c.seen for c in self.by_spot.get(spot, {}).values())
 
     def of_spots(self, spots: Sequence[Spot]) -> list[Call]:
         """Return the calls that write any of ``spots``, in order."""

@@ -9,13 +9,14 @@ the mesh, nothing is communicated, and no rank ever holds more than one module w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import Nemo2Error
+from .annotate import _owners
 from .blueprint import (
     Blueprint,
     Call,
@@ -28,6 +29,7 @@ from .blueprint import (
     like,
     pretrained_calls,
     takes_a_module,
+    untraced,
 )
 from .counter import key_of
 
@@ -46,6 +48,20 @@ class Origin:
 
     spots: tuple[Spot, ...]
     init: bool
+
+
+@dataclass(frozen=True)
+class _Unknown:
+    """A tensor of which is not known what filled it.
+
+    Attributes:
+        spots: all places that hold it; ``first``: those for which it may have been made.
+        version: how often it was written.
+    """
+
+    spots: tuple[Spot, ...]
+    first: tuple[Spot, ...]
+    version: int
 
 
 class Initial:
@@ -114,25 +130,28 @@ class Initial:
         tied = _tied_targets(model)
         modules = dict(model.named_modules())
         unfilled: dict[str, list[str]] = {}
-        unknown: dict[str, tuple[tuple[Spot, ...], int]] = {}
+        unknown: dict[str, _Unknown] = {}
         for name, spots in self.names.items():
             inside = [s for s in spots if s[0] in self._pretrained]
             if inside:
-                first = next((s for s in inside if _dotted(s) not in tied), inside[0])
-                self._origins[name] = Origin((first,), True)
-                filled = self._inits.count(first) + self._resets.count(first)
+                source = next((s for s in inside if _dotted(s) not in tied), inside[0])
+                self._origins[name] = Origin((source,), True)
+                filled = self._fills(source)
             else:
-                unknown[name] = spots, _version(held(modules[spots[0][0]], spots[0][1]))
-                filled = sum(self._inits.count(s) + self._resets.count(s) for s in spots)
+                x = held(modules[spots[0][0]], spots[0][1])
+                first = _first_holder(x, modules) if len(spots) > 1 else None
+                unknown[name] = _Unknown(spots, (first,) if first in spots else spots, _version(x))
+                filled = any(map(self._fills, spots))
             if not filled:
                 unfilled.setdefault(spots[0][0], []).append(spots[0][1])
                 unknown.pop(name, None)
         problems = [self._unfilled(modules[n], n, leaves) for n, leaves in unfilled.items()]
         return problems + self._explain(unknown, applies)
 
-    def _explain(
-        self, unknown: dict[str, tuple[tuple[Spot, ...], int]], applies: bool
-    ) -> list[str]:
+    def _fills(self, spot: Spot) -> bool:
+        return spot in self._resets.by_spot or spot in self._inits.by_spot
+
+    def _explain(self, unknown: dict[str, _Unknown], applies: bool) -> list[str]:
         """Find what the constructor has run by how often it has written each tensor.
 
         Counts of a copied model start at 0, so what came before the copy may be missing.
@@ -140,10 +159,7 @@ class Initial:
         ways = [(True, False), (False, False), (True, True)] if applies else [(False, True)]
         best: dict[str, Origin | None] = {}
         for init, copied in ways:
-            found = {
-                n: self._match(spots, version, init, copied)
-                for n, (spots, version) in unknown.items()
-            }
+            found = {n: self._match(x, init, copied) for n, x in unknown.items()}
             if None not in found.values():
                 self._origins.update({n: o for n, o in found.items() if o is not None})
                 return []
@@ -152,25 +168,25 @@ class Initial:
                 best = found
         known = "reset_parameters and _init_weights" if applies else "reset_parameters"
         return [
-            f"'{n}' has been written {unknown[n][1]} times since it was made,"
+            f"'{n}' has been written {unknown[n].version} times since it was made,"
             f" which {known} of its modules alone do not explain"
             for n, origin in best.items()
             if origin is None
         ]
 
-    def _match(
-        self, spots: tuple[Spot, ...], version: int, init: bool, copied: bool
-    ) -> Origin | None:
-        """Return the origin of a tensor that was written ``version`` times, if known."""
-        together = sum(self._inits.count(s) for s in spots) if init else 0
-        for spot in spots:
-            resets = self._resets.count(spot)
-            alone = self._inits.count(spot) if init else 0
-            others = tuple(s for s in spots if s != spot) if init else ()
-            for count, tied in ((alone, ()), (together, others)):
-                known = version == resets + count or (copied and version == count)
-                if known and resets + count:
-                    return Origin((spot, *tied), init)
+    def _match(self, x: _Unknown, init: bool, copied: bool) -> Origin | None:
+        """Return the origin that explains how often a tensor was written, if there is one."""
+        for spot in x.first:
+            resets, alone = self._resets.seen(spot), self._inits.seen(spot) if init else 0
+            others = [s for s in x.spots if s != spot and init and s in self._inits.by_spot]
+            together = alone + sum(map(self._inits.seen, others))
+            ways = {alone: (spot,)} | ({together: (spot, *others)} if others else {})
+            if others and together == alone:
+                continue  # tied before it was filled, or after
+            for count, tied in ways.items():
+                known = x.version == resets + count or (copied and x.version == count)
+                if known and (self._fills(spot) if init else spot in self._resets.by_spot):
+                    return Origin(tied, init)
         return None
 
     def _unfilled(self, module: nn.Module, name: str, leaves: Sequence[str]) -> str:
@@ -203,7 +219,7 @@ class Initial:
         """
         resets = self._resets.of_spots([o.spots[0] for o in unit])
         inits = self._inits.of_spots([s for o in unit if o.init for s in o.spots])
-        skips = bool(resets) and all(o.init and self._inits.count(o.spots[0]) for o in unit)
+        skips = bool(resets) and all(o.init and o.spots[0] in self._inits.by_spot for o in unit)
         made = self._run(inits if skips else resets + inits, unit)
         if skips and any(_is_unfilled(x) for x in made.values()):
             made = self._run(resets + inits, unit)
@@ -266,6 +282,9 @@ def _custom(model: nn.Module, pretrained: set[str]) -> list[str]:
     for name, module in model.named_modules():
         if name in pretrained or not _deep(module):
             continue
+        lost = untraced(module)
+        if lost:
+            problems.append(f"{_named(name, module)} calls {lost}, which leaves no trace on meta")
         custom = next((f for f in _CUSTOM if callable(getattr(module, f, None))), None)
         above = any(is_pretrained(m) for m in module.modules())
         if callable(getattr(module, "_init_weights", None)) and (
@@ -291,6 +310,13 @@ def _attributes(model: nn.Module) -> list[str]:
 
 def _deep(module: nn.Module) -> bool:
     return any(t.is_meta for t in (*module.parameters(), *module.buffers()))
+
+
+def _first_holder(x: Tensor, modules: Mapping[str, nn.Module]) -> Spot | None:
+    """Return the place for which a parameter was made, unless it has been copied since."""
+    for ref, leaf in _owners.get(x, ()):
+        return next(((n, leaf) for n, m in modules.items() if m is ref()), None)
+    return None
 
 
 def _version(x: Tensor) -> int:
