@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 
@@ -16,7 +17,7 @@ import nemo2
 from nemo2 import shard
 from nemo2.sharding.initial import Initial
 from tests import zoo
-from tests.models import VOCAB, WIDTH
+from tests.models import VOCAB, WIDTH, next_token, token_ids
 
 MODELS = {
     "llama": functools.partial(zoo.causal, "Llama"),
@@ -273,6 +274,13 @@ def test_what_cannot_be_drawn_again_is_refused(build, message):
         Initial(on_meta(build), 1)
 
 
+def test_counts_that_a_copy_has_lost():
+    plain = copy.deepcopy(on_meta(functools.partial(Applied, "never")).layers)
+    assert values(plain)["0.bias"].abs().max() <= 1 / math.sqrt(WIDTH)
+    with pytest.raises(nemo2.Nemo2Error, match="written 0 times"):
+        Initial(copy.deepcopy(on_meta(Applied)), 1)
+
+
 def failing(device):
     """One rank's stage has a module whose initialiser fails when it has values to fill."""
     model = on_meta(lambda: nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2), Half()])}))
@@ -296,6 +304,76 @@ class Half(nn.Linear):
 def test_all_ranks_raise_when_one_cannot_draw(pool):
     for text in pool.run(2, failing, pool.device):
         assert "initialisers of 'layers.1' (Half) do not fill 'weight'" in text
+
+
+# --- shards of all kinds
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.constant_(self.factor, 1.5)
+
+    def forward(self, x):
+        return x * self.factor
+
+
+class Uneven(nn.Module):
+    """Sizes that dp does not divide, no dims at all, a tie, something frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 7)
+        self.layers = nn.ModuleList(
+            [nn.Sequential(nn.Linear(7, 5), Scale(), nn.Linear(5, 7), nn.Tanh()) for _ in range(2)]
+        )
+        self.norm, self.head = nn.LayerNorm(7), nn.Linear(7, VOCAB)
+        self.head.weight = self.embed.weight
+        self.layers[1][0].weight.requires_grad_(False)
+        shard(self.layers, "pp")
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(self.norm(x))
+
+
+def trained(mesh, device, **options):
+    """Return the weights before and after two steps of a model that was built on meta."""
+    torch.manual_seed(3)
+    parallel = nemo2.parallelize(on_meta(Uneven), nemo2.make_mesh(**mesh, device=device), **options)
+    before = {n: w.cpu().clone() for n, w in parallel.full_state_dict().items()}
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
+    own = token_ids(8).chunk(parallel.plan.sizes.dp)[parallel.groups.dp_rank]
+    for _ in range(2):
+        optimizer.zero_grad()
+        parallel.backward(next_token, own)
+        optimizer.step()
+    return before, {n: w.cpu() for n, w in parallel.full_state_dict().items()}
+
+
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_shards_of_all_kinds_train_from_the_same_values(pool, precision):
+    ((first, expected),) = pool.run(1, trained, {}, pool.device, precision=precision)
+    assert first["layers.0.1.factor"] == 1.5
+    cases = [
+        (2, {"dp": 2}, {"data_parallel": "fsdp"}),
+        (2, {"dp": 2}, {"data_parallel": "zero1"}),
+        (2, {"dp": 2}, {"data_parallel": "ddp"}),
+        (4, {"dp": 4}, {"data_parallel": nemo2.DataParallel("fsdp", replicate=2)}),
+        (4, {"dp": 2, "pp": 2}, {"pipeline": nemo2.Pipeline(microbatches=2)}),
+    ]
+    near = {"atol": 1e-5, "rtol": 1e-5} if precision is None else {"atol": 2e-2, "rtol": 2e-2}
+    for world, mesh, options in cases:
+        runs = pool.run(world, trained, mesh, pool.device, precision=precision, **options)
+        for before, after in runs:
+            same(first, before)
+            torch.testing.assert_close(after, expected, **near)
 
 
 # --- memory
