@@ -13,6 +13,7 @@ from .parallelize import parallelize
 from .plan import Plan, plan
 from .sharding.annotate import annotate, shard
 from .verify import Report, verify
+from .weights import load, save
 
 if TYPE_CHECKING:
     from .lightning import MegatronStrategy
@@ -35,9 +36,11 @@ __all__ = [
     "explain",
     "global_norm",
     "grad",
+    "load",
     "make_mesh",
     "parallelize",
     "plan",
+    "save",
     "shard",
     "value_and_grad",
     "verify",

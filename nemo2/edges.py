@@ -55,13 +55,13 @@ def _entry(x: Input, dim: int, cp: int, tp: int, balance: bool) -> Entry:
     size, parts = x.shape[dim], cp * (2 if balance else 1)
     if size % parts:
         fits = [n for n in range(1, min(size, 64) + 1) if size % (n * parts // cp) == 0]
+        sizes = f"cp in {{{', '.join(map(str, fits))}}} | " if fits else ""
         balanced = f" ({parts} parts, to balance causal work)" if balance else ""
         plain = " | ContextParallel(balance=False)" if size % cp == 0 else ""
         raise ShardingError(
             f"the sequence of {size} does not divide by cp={cp}{balanced}: {size} % {parts} ="
             f" {size % parts}\n"
-            f"  options: cp in {{{', '.join(map(str, fits))}}}"
-            f" | a sequence of {-(-size // parts) * parts}{plain}"
+            f"  options: {sizes}a sequence of {-(-size // parts) * parts}{plain}"
         )
     axes = ("cp", "tp") if tp > 1 and size % (cp * tp) == 0 else ("cp",)
     steps = tuple(("split", axis, Layout(dim)) for axis in axes)
@@ -75,8 +75,9 @@ def exits_needed(trace: Trace, block: str) -> dict[Edge, tuple[str, ...]]:
     it is better to gather those.
     """
     order = list(trace.root.walk())
-    at = next(i for i, a in enumerate(order) if (a.module, a.ordinal) == (block, 0))
-    last = order[at]
+    last = next((a for a in order if (a.module, a.ordinal) == (block, 0)), None)
+    if last is None:
+        return {}
     inside = set(map(id, last.walk()))
     born = {v.key: v.absent for v in trace.values}
     outs = [born[key] for key in last.outputs if key in born]
@@ -127,7 +128,10 @@ def _search(activation: Activation, moved: dict[Edge, tuple[Entry, ...]]) -> Non
     for child in activation.children():
         if child.leaf:
             continue
-        entries = tuple(e for x in child.inputs if (e := _movable(child, x)) is not None)
+        # What crosses to another stage is named by what made it, and no edge around blocks did.
+        holds = child.block is None and any(a.block is not None for a in child.walk())
+        able = () if holds else child.inputs
+        entries = tuple(e for x in able if (e := _movable(child, x)) is not None)
         if entries:
             moved[child.module, child.ordinal] = entries
         else:

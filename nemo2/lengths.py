@@ -53,24 +53,27 @@ def find_lengths(batch: Any, record: Callable[[Any], Trace]) -> Lengths | None:
 def _shorter(batch: Any) -> Iterator[tuple[int, Any]]:
     """Yield how much is missing, and the batch so cut: its first tensor's second dim, everywhere
     where that size is.
+
+    At the end, then at the start: a padding mask that is full from there on may lead elsewhere.
     """
     leaves, spec = tree_flatten(batch)
     first = next((x for x in leaves if isinstance(x, Tensor) and x.ndim > 1), None)
     if first is None or first.shape[1] < 3:
         return
     size = first.shape[1]
-    for length in (size // 2, size - 1):
+    lengths = (size // 2, size - 1)
+    for start, length in [(0, n) for n in lengths] + [(size - n, n) for n in lengths]:
         for everywhere in (True, False):  # a width may equal the length
-            cut = [_cut(x, size, length, everywhere) for x in leaves]
+            cut = [_cut(x, size, start, length, everywhere) for x in leaves]
             yield size - length, tree_unflatten(spec, cut)
 
 
-def _cut(x: Any, size: int, length: int, everywhere: bool) -> Any:
+def _cut(x: Any, size: int, start: int, length: int, everywhere: bool) -> Any:
     if not isinstance(x, Tensor):
         return x
     for dim in range(1, x.ndim if everywhere or x.dtype == torch.bool else min(2, x.ndim)):
         if x.shape[dim] == size:
-            x = x.narrow(dim, 0, length)
+            x = x.narrow(dim, start, length).contiguous()
     return x
 
 

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .edges import check_blocks, context_entries, exits_needed, shared_gathers
 from .errors import Nemo2Error, ShardingError
 from .lengths import find_lengths
+from .limits import check_limits, check_same_path
 from .mesh.sizes import MeshSizes
 from .options import Options
 from .pipeline.absent import Absent
@@ -35,7 +36,8 @@ from .places import Place, places
 from .planning import planning, run_step
 from .pytree import tree_map
 from .randomness import Randomness, key_dropout
-from .record import Recorder, Setting
+from .record import Recorder
+from .record_calls import Setting
 from .sharding.annotate import Mark, check, collect
 from .sharding.layout import REPLICATED, Layout, Sharding
 from .sharding.prove import Prover, prove, vary_mixed
@@ -98,6 +100,7 @@ class StepPlan:
             rank may run a stage that holds them).
         output: per leaf of the step's result, its layout.
         randomness: which calls draw random numbers, and how.
+        called: the blocks that the step calls, in order.
     """
 
     programs: Programs
@@ -108,6 +111,7 @@ class StepPlan:
     output: tuple[Sharding, ...]
     trace: Trace
     randomness: Randomness
+    called: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -309,7 +313,10 @@ def plan_step(
         out.layouts = (REPLICATED, param.tp_layout)
         return out
 
+    split = plan.sizes.cp * plan.sizes.tp > 1
+
     def record(setting: Setting, given: Any = batch) -> Trace:
+        setting = replace(setting, by_module=split)
         recorder = Recorder(setting, blocks)
         with planning(model, where, absent, recorder):
             return run_step(lambda: step(model, given), recorder)
@@ -319,6 +326,8 @@ def plan_step(
             return prover.attempt(lambda: step(model, batch))
 
     setting, trace = _settle(plan, batch, record)
+    setting = replace(setting, by_module=split)
+    check_limits(plan, trace)
     randomness = key_dropout(trace, batch, lambda given: record(Setting(), given))
     boundaries = crossings(trace, plan.stages)
     captured = {c.key for b in boundaries for c in b}
@@ -339,6 +348,7 @@ def plan_step(
         trace.output_layouts,
         trace,
         randomness,
+        trace.blocks_called(plan.blocks),
     )
 
 
@@ -361,6 +371,7 @@ def _settle(plan: Plan, batch: Any, record: Callable[..., Trace]) -> tuple[Setti
         entries = context_entries(lengths, plan.blocks[0], sizes.cp, tp, balance)
         setting = replace(setting, entries=entries)
     trace = record(setting)
+    check_same_path(plan, lengths.trace, trace)
     if plan.blocks:
         exits = exits_needed(trace, plan.blocks[-1])
         if exits:

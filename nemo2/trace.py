@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +84,9 @@ class Activation:
         inputs, outputs: the tensors given and (by key) returned.
         entries, exits: what nemo2 does to some of them on the way in and out.
         depth: how many custom autograd functions were running.
+        first: number of the first torch call in it.
+        closed: the shape of what it is assumed to return, where its code reads values and is
+            not planned.
     """
 
     module: str
@@ -97,6 +100,8 @@ class Activation:
     entries: tuple[Entry, ...] = ()
     exits: tuple[Entry, ...] = ()
     depth: int = 0
+    first: int = 0
+    closed: tuple[int, ...] | None = None
 
     def events(self) -> Iterator[Event]:
         return (x for x in self.items if isinstance(x, Event))
@@ -135,6 +140,22 @@ class Value:
     born: int
     number: int
     uses: set[int] = field(default_factory=set)
+    block: int | None = None  # in which it was made, unless that returns it
+
+
+@dataclass
+class Notes:
+    """What a run did that some meshes do not allow.
+
+    Attributes:
+        escaped: values that left a block without being returned: block, where it was used, line.
+        reentrant: blocks called in a reentrant activation checkpoint.
+        router_logits: whether a mixture of experts was asked for what its auxiliary loss needs.
+    """
+
+    escaped: set[tuple[int, int, str]] = field(default_factory=set)
+    reentrant: set[int] = field(default_factory=set)
+    router_logits: bool = False
 
 
 @dataclass
@@ -153,6 +174,12 @@ class Trace:
     output_layouts: tuple[Sharding, ...]
     degrees: tuple[int, int]
     complete: bool
+    notes: Notes
+
+    def blocks_called(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Return which of the blocks ``names`` were called, in order."""
+        index = {name: i for i, name in enumerate(names)}
+        return tuple(index[a.module] for a in self.root.walk() if a.module in index)
 
 
 def paired(one: Trace, two: Trace) -> list[tuple[Event, Event]] | None:

@@ -7,8 +7,8 @@ import math
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 from .errors import Nemo2Error, PipelineError
 from .functional import global_norm, value_and_grad
@@ -169,14 +170,11 @@ class _Job:
         alone = copy.deepcopy(model).to(home)
         low = parallel.plan.options.precision is not None
         rtol = self.rtol or (5e-2 if low else _RTOL.get(self.dtype, 1e-2))
-        report = compare(parallel, alone, whole, self._loss_fn, rtol)
-        if not report.loss.ok and not report.note:
-            return self._explain_mean(report, parallel, model.to(home), whole)
+        with _widened() if self.dtype is torch.float64 else nullcontext():
+            report = compare(parallel, alone, whole, self.loss_fn, rtol)
+            if not report.loss.ok and not report.note:
+                return self._explain_mean(report, parallel, model.to(home), whole)
         return report
-
-    def _loss_fn(self, model: nn.Module, batch: Any) -> Any:
-        with _Wide() if self.dtype is torch.float64 else nullcontext():
-            return self.loss_fn(model, batch)
 
     def _explain_mean(
         self, report: Report, parallel: ParallelModel, alone: nn.Module, whole: Any
@@ -187,7 +185,7 @@ class _Job:
                 whole, parallel.plan.sizes.dp * parallel.plan.options.pipeline.microbatches
             )
             low = _lowered(alone, parallel.plan.options)
-            values = [self._loss_fn(low, tree_map(parallel.plan.options.cast, p)) for p in parts]
+            values = [self.loss_fn(low, tree_map(parallel.plan.options.cast, p)) for p in parts]
         if any(isinstance(v, tuple) for v in values):
             return report
         mean = torch.stack([v.double() for v in values]).mean().item()
@@ -217,6 +215,26 @@ class _Wide(TorchFunctionMode):
             *wide,
             **{k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()},
         )
+
+
+@contextmanager
+def _widened() -> Iterator[None]:
+    """Run under ``_Wide``, and what activation checkpoints run again, which torch does without."""
+    original = checkpoint._checkpoint_without_reentrant_generator
+
+    def generator(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def again(*given: Any, **named: Any) -> Any:
+            with _Wide():
+                return fn(*given, **named)
+
+        return original(again, *args, **kwargs)
+
+    checkpoint._checkpoint_without_reentrant_generator = generator
+    try:
+        with _Wide():
+            yield
+    finally:
+        checkpoint._checkpoint_without_reentrant_generator = original
 
 
 def _cast(x: Any, dtype: torch.dtype, device: torch.device) -> Any:

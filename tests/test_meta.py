@@ -99,7 +99,7 @@ def drawn(name, mesh, device, **options):
     state = {n: w.cpu() for n, w in parallel.full_state_dict().items()}
     if name == "mixtral" and mesh:  # torch 2.13: grouped_mm on meta takes bfloat16 alone
         return state, buffers, None
-    batch = zoo.lm_batch()
+    batch = zoo.lm(4)
     dp, rank = parallel.plan.sizes.dp, parallel.groups.dp_rank
     own = {k: v.chunk(dp)[rank] for k, v in batch.items()}
     return state, buffers, float(parallel.backward(zoo.own_loss, own))
@@ -118,7 +118,7 @@ def test_transformers_models_are_equal_on_every_mesh(pool, name):
     made.tie_weights()
     assert {n for n, _ in made.named_parameters()} <= state.keys()
     same(dict(made.named_buffers()), buffers)
-    expected = zoo.own_loss(made, zoo.lm_batch()).item()
+    expected = zoo.own_loss(made, zoo.lm(4)).item()
     assert loss == pytest.approx(expected, rel=1e-5)  # float32
     meshes = [(2, {"tp": 2}), (2, {"dp": 2})]
     if name in ("llama", "tied llama", "gemma2", "gpt2"):
@@ -250,8 +250,9 @@ class Unknown(nn.Module):
 def clip():
     import transformers
 
-    text = zoo.TINY | {"bos_token_id": 1, "eos_token_id": 1}
-    image = {k: v for k, v in zoo.TINY.items() if k.startswith(("hidden", "inter", "num_"))}
+    image = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2}
+    image |= {"num_attention_heads": 4}
+    text = image | {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
     image |= {"image_size": 16, "patch_size": 4}
     return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=image))
 
@@ -458,5 +459,6 @@ def test_no_rank_holds_more_than_its_shards_and_one_module(pool, meta):
     for world, mesh, options in cases:
         for most, shards in pool.run(world, most_alive, mesh, pool.device, meta, **options):
             assert shards < 0.6 * (DEEP + 2) + 1, (mesh, shards)
-            own = 0 if meta else DEEP + 2  # the model that was given
+            # The model that was given, and the last value sent: gloo may hold it a little longer.
+            own = 0 if meta else DEEP + 2 + 1
             assert most < own + shards + 1.2, (mesh, options, most, shards)

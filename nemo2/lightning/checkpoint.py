@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from ..errors import CheckpointError
 from ..model import ParallelModel
-from ..pipeline.stages import stage_of
+from ..sharding.state import buffer_owner, persistent_buffers
 from ..sharding.storage import Entry, local_of
 
 METADATA = "meta.pt"  # the names that Lightning's own sharded checkpoints use
@@ -38,7 +38,11 @@ def model_state(parallel: ParallelModel) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {
         e.name: e.view.detach() for e in parallel.storage if here == e.plan.ranks[0]
     }
-    return state | {n: b for n, b in _buffers(parallel).items() if _owner(parallel, n) == here}
+    return state | {
+        n: b
+        for n, b in persistent_buffers(parallel.module).items()
+        if buffer_owner(parallel.plan, n) == here
+    }
 
 
 def optimizer_state(
@@ -141,7 +145,7 @@ def _target(
     strict: bool,
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the tensors to read into, and what is missing."""
-    wanted: dict[str, Tensor] = dict(parallel.state_dict()) | _buffers(parallel)
+    wanted: dict[str, Tensor] = dict(parallel.state_dict()) | persistent_buffers(parallel.module)
     missing = [n for n in wanted if f"state_dict.{n}" not in saved]
     problems = [f"no tensor for '{n}'" for n in missing] if strict else []
     model = {n: t for n, t in wanted.items() if n not in missing}
@@ -258,24 +262,3 @@ def _entries(parallel: ParallelModel, optimizer: Optimizer) -> list[Entry]:
 
 def _plain(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
     return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-
-
-def _buffers(parallel: ParallelModel) -> dict[str, Tensor]:
-    """Return the persistent buffers under the names they have in the module's state."""
-    found = {}
-    for prefix, module in parallel.module.named_modules():
-        for leaf, buffer in module._buffers.items():
-            if buffer is not None and leaf not in module._non_persistent_buffers_set:
-                found[f"{prefix}.{leaf}" if prefix else leaf] = buffer
-    return found
-
-
-def _owner(parallel: ParallelModel, buffer: str) -> int:
-    """Return the pipeline rank whose copy of a buffer counts: its block's or its siblings'."""
-    plan = parallel.plan
-    for i, block in enumerate(plan.blocks):
-        if buffer.startswith(block + "."):
-            return plan.stages[stage_of(i, plan.stages)].rank
-    parent = buffer.rpartition(".")[0]
-    near = [p.stages[0] for p in plan.params if p.name.rpartition(".")[0] == parent]
-    return plan.stages[min(near, default=0)].rank

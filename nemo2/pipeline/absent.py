@@ -20,7 +20,7 @@ from ..errors import PipelineError
 from ..pytree import tree_leaves, tree_map
 from ..sharding.layout import WHOLE, Sharding
 
-_REAL_CONSTRUCTORS = {
+REAL_CONSTRUCTORS = {
     "empty_like",
     "zeros_like",
     "ones_like",
@@ -77,6 +77,7 @@ class Absent(Tensor):
         bound: the received tensor that takes its place, once there.
         needs_grad: whether a gradient flows back through it; plan only.
         key: the name under which the plan knows this value; plan only.
+        unusable: the refusal that its first use raises; plan only.
     """
 
     meta: Tensor
@@ -87,6 +88,7 @@ class Absent(Tensor):
     bound: Tensor | None
     needs_grad: bool
     key: Any
+    unusable: Exception | None
 
     @staticmethod
     def __new__(cls, meta: Tensor, device: torch.device) -> Absent:
@@ -100,7 +102,7 @@ class Absent(Tensor):
         )
         out.meta, out.home = meta, device
         out.layouts, out.entered, out.param = WHOLE, False, None
-        out.bound, out.needs_grad, out.key = None, True, None
+        out.bound, out.needs_grad, out.key, out.unusable = None, True, None, None
         return out
 
     @staticmethod
@@ -230,12 +232,13 @@ def absent_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         return device.type == name[3:]
     if name in ("to", "type") and is_absent(first):
         args, kwargs, device = _without_device(args, kwargs, device)
-    if name in _REAL_CONSTRUCTORS:
+    if name in REAL_CONSTRUCTORS:
         kwargs = {"device": device, **kwargs}
         return func(*to_meta(args), **kwargs)
     with torch._C.DisableTorchFunctionSubclass():
         try:
-            out = func(*to_meta(args), **to_meta(kwargs))
+            shaped: Any = _SHAPES.get(name, func)
+            out = shaped(*to_meta(args), **to_meta(kwargs))
         except NeedsValueError:
             raise
         except (NotImplementedError, RuntimeError) as error:
@@ -247,6 +250,17 @@ def absent_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     if is_inplace(name):
         return first
     return tree_map(lambda x: Absent(x, device) if isinstance(x, Tensor) else x, out)
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
+    """Rows of ``x`` (rows, k) times the matrix of their group in ``weight`` (groups, k, n)."""
+    if x.ndim != 2 or weight.ndim != 3:
+        raise NotImplementedError("grouped_mm on meta: rows of 2 dims and weights of 3")
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+# torch knows their shapes on meta for some dtypes only
+_SHAPES = dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped_mm)
 
 
 def _without_device(

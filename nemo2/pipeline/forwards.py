@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _len_torch_function_stack
 
+from ..errors import PipelineError
 from ..pytree import tree_flatten, tree_unflatten
 from ..sharding.actions import (
     Action,
@@ -50,17 +51,34 @@ def edged_forward(
     entries: Sequence[Entry],
     exits: Sequence[Entry],
     axes: Axes,
+    closed: tuple[int, ...] | None = None,
 ) -> Callable[..., Any]:
-    """Return a forward that changes the layout of what the module gets and returns."""
+    """Return a forward that changes the layout of what the module gets and returns.
+
+    ``closed``: the shape that it must return, where its code was not planned.
+    """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         with suspended():
             if entries:
                 args, kwargs = relay((args, kwargs), entries, axes)
             out = original(*args, **kwargs)
+            if closed is not None:
+                _check_closed(module, out, closed)
             return relay(out, exits, axes) if exits else out
 
     return forward
+
+
+def _check_closed(module: nn.Module, out: Any, shape: tuple[int, ...]) -> None:
+    found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    if found != shape:
+        raise PipelineError(
+            f"{type(module).__name__} reads values, so what it returns was taken to be one tensor"
+            f" of the shape of its first input, {shape}; it returns {found}\n"
+            "  options: put the part that reads values into a module of its own that returns one"
+            " tensor like its input | write it without reading values"
+        )
 
 
 def plain_forward(

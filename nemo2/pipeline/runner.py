@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import PipelineError
+from ..limits import skipped
 from ..mesh.groups import MeshGroups
 from ..places import Place
 from ..plan import Plan, StepPlan
@@ -29,6 +30,7 @@ from ..sharding.collectives import Axis, gather
 from ..sharding.dropout import Forward
 from ..sharding.layout import AXES
 from ..sharding.remat import recomputed
+from ..sharding.scripts import Programs
 from ..sharding.storage import placeholder
 from .absent import Absent, is_absent, resolve
 from .boundary import Boundary, TensorSpec
@@ -56,6 +58,7 @@ class Passage:
     """One forward of one microbatch through one stage."""
 
     received: tuple[Tensor, ...]
+    called: int = 0  # blocks so far
     values: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     mode: Emulate | None = None
@@ -125,6 +128,7 @@ class StageRunner(nn.Module):
                 return args, kwargs
             if not self.stage.holds(index):
                 return args, kwargs
+            self._follow(passage, index)
             if index == self.stage.first:
                 self._bind(passage, block)
             if self.step_plan is not None:
@@ -139,6 +143,21 @@ class StageRunner(nn.Module):
 
         return hook
 
+    def _follow(self, passage: Passage, index: int | None) -> None:
+        """Check that the blocks called are those that were planned; ``None``: no more are.
+
+        On a mesh of dp alone a step may skip blocks.
+        """
+        sizes = self.plan.sizes
+        if self.step_plan is None or sizes.pp * sizes.cp * sizes.tp == 1:
+            return
+        planned = [i for i in self.step_plan.called if self.stage.holds(i)]
+        expected = planned[passage.called] if passage.called < len(planned) else None
+        if index != expected:
+            names = [None if i is None else self.plan.blocks[i] for i in (index, expected)]
+            raise skipped(names[0] or "no block", names[1])
+        passage.called += 1
+
     def _leaving(self, block: nn.Module, args: Any, output: Any) -> None:
         if self.passage is not None and self.passage.paused is not None:
             resume(self.passage.paused)
@@ -149,14 +168,6 @@ class StageRunner(nn.Module):
         if self.stage.index == 0:
             return
         values = self._crossing_in(self.stage)
-        expects_grad = any(c.requires_grad for c in values)
-        if block.training and torch.is_grad_enabled() is False and expects_grad:
-            raise PipelineError(
-                "the first block of this stage runs without gradients while training:"
-                " a reentrant activation checkpoint"
-                " around it would lose the gradients of earlier stages\n"
-                "  options: checkpoint(..., use_reentrant=False)"
-            )
         for crossing, value in zip(values, passage.received, strict=True):
             target = passage.values.get(crossing.key)
             if is_absent(target):
@@ -230,18 +241,24 @@ class StageRunner(nn.Module):
                 self._install(name, partial(self._emulated, script=script))
         for name in step_plan.programs.quiet:
             self._install(name, quiet_forward)
-        entries, exits = step_plan.programs.entries, step_plan.programs.exits
-        for name in {**entries, **exits}:
-            ways = entries.get(name, ()), exits.get(name, ())
-            self._install(
-                name, partial(edged_forward, entries=ways[0], exits=ways[1], axes=self.axes)
-            )
+        self._install_edges(step_plan.programs)
         for module_name in {c.key[1] for b in step_plan.boundaries for c in b if c.key[0] == "out"}:
             module = self.module.get_submodule(module_name)
             self._handles.append(module.register_forward_hook(self._capturing(module_name)))
         if len(self.stages) > 1:
             for stage in self.stages:
                 self._hidden[stage.index] = self._hiding(stage, step_plan)
+
+    def _install_edges(self, programs: Programs) -> None:
+        for name in {**programs.entries, **programs.exits, **programs.closed}:
+            make = partial(
+                edged_forward,
+                entries=programs.entries.get(name, ()),
+                exits=programs.exits.get(name, ()),
+                axes=self.axes,
+                closed=programs.closed.get(name),
+            )
+            self._install(name, make)
 
     def _hiding(self, stage: StagePlan, step_plan: StepPlan) -> list[_Change]:
         """Return what hides from ``stage`` the blocks and parameters of this rank's others."""
@@ -294,20 +311,19 @@ class StageRunner(nn.Module):
         """Show the module as the user wrote it, for planning: no forwards or FSDP hooks of ours."""
         self._uninstall()
         forwards = [(block, block.__dict__.pop("forward")) for block, _ in self._absent_blocks]
-        hooks = [(m, dict(m._forward_pre_hooks), dict(m._forward_hooks)) for m in managed]
+        hidden = []
         for module in managed:
             fsdp: Any = module
             state = fsdp._get_fsdp_state()
-            module._forward_pre_hooks.pop(state._pre_forward_hook_handle.id, None)
-            module._forward_hooks.pop(state._post_forward_hook_handle.id, None)
+            hidden.append(_hide(module._forward_pre_hooks, state._pre_forward_hook_handle.id))
+            hidden.append(_hide(module._forward_hooks, state._post_forward_hook_handle.id))
         try:
             yield
         finally:
             for block, forward in forwards:
                 block.__dict__["forward"] = forward
-            for module, before, after in hooks:
-                _refill(module._forward_pre_hooks, before)
-                _refill(module._forward_hooks, after)
+            for show in hidden:
+                show()
 
     def _install(self, name: str, make: Callable[[nn.Module, Callable[..., Any]], Any]) -> None:
         index = block_of(name, self.plan.blocks)
@@ -405,7 +421,9 @@ class StageRunner(nn.Module):
                     self._leaving(self, (), None)  # a block that raised has not left
                     raise
         except StageExit as exit:
+            self._follow(passage, None)
             return exit.outputs
+        self._follow(passage, None)
         if isinstance(mode, Emulate):
             mode.check_complete()
         if not self.at_end:
@@ -434,9 +452,21 @@ def _axes(plan: Plan, groups: MeshGroups) -> dict[str, Axis]:
     }
 
 
-def _refill(hooks: MutableMapping[int, Any], before: dict[int, Any]) -> None:
-    hooks.clear()
-    hooks.update(before)
+def _hide(hooks: MutableMapping[int, Any], ours: int) -> Callable[[], None]:
+    """Take the hook ``ours`` out; return what puts it back in its place.
+
+    The user's code may register and remove others meanwhile.
+    """
+    before = dict(hooks)
+    hooks.pop(ours, None)
+
+    def show() -> None:
+        kept = {k: hook for k, hook in before.items() if k == ours or k in hooks}
+        added = {k: hook for k, hook in hooks.items() if k not in before}
+        hooks.clear()
+        hooks.update(kept | added)
+
+    return show
 
 
 def _boundary(values: tuple[Crossing, ...]) -> Boundary:

@@ -338,6 +338,11 @@ class Watcher(TorchFunctionMode):
             functional.has_torch_function = check
 
 
+def is_marker(func: Any) -> bool:
+    """Say whether a call only marks a range for the profiler; FSDP's hooks make such."""
+    return name_of(func).startswith("_record_function")
+
+
 COMPOSITE = (F.multi_head_attention_forward,)  # their parts have rules of their own
 
 
@@ -364,6 +369,8 @@ class Emulate(Watcher):
         kwargs = kwargs or {}
         if func in COMPOSITE:
             return self.opened(func, args, kwargs)
+        if is_marker(func):
+            return func(*args, **kwargs)
         number = self.count
         self.count += 1
         if number >= len(self.script.calls) or self.script.calls[number] != name_of(func):

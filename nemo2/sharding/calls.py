@@ -185,12 +185,18 @@ def _fresh_meta(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Decision:
-    """The result of ``decide``: layouts per output leaf (none: all whole), the action, and the
-    parameters with partial gradients."""
+    """The result of ``decide``.
+
+    Attributes:
+        layouts: per output leaf; none: all whole.
+        partial_params: the parameters with partial gradients.
+        unusable: why no call may use the results, which then mean nothing.
+    """
 
     layouts: tuple[Sharding, ...]
     action: Action | None
     partial_params: tuple[tuple[str, int], ...]
+    unusable: ShardingError | None = None
 
 
 def refuse(call: Call, what: str) -> ShardingError:

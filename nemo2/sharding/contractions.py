@@ -93,6 +93,17 @@ def _with_bias(bias: Operand | None, letter: str, layout: Layout, ndim: int, nam
     return Outcome(layout)
 
 
+def grouped_mm_rule(call: Call, out: Any) -> Outcome:
+    """Rows sorted by group times the matrix of their group: (rows, k), (groups, k, n)."""
+    x, weight = call.tensor(0, "input"), call.tensor(1, "mat2")
+    for op in call.operands[2:]:
+        op.gather()  # where the groups end
+    if x.ndim != 2 or weight.ndim != 3 or x.dim == 0 or weight.dim == 0:
+        return call.gather()
+    letter, layout = _contract(call, [(x, "mk"), (weight, "ekn")], "mn")
+    return _PARTIAL if letter == "k" else Outcome(layout)
+
+
 def einsum_rule(call: Call, out: Any) -> Outcome:
     equation = call.args[0]
     tensors = (

@@ -34,6 +34,7 @@ class _Part:
     call: Call
     outcome: Outcome
     partial: list[tuple[str, int]]
+    unusable: ShardingError | None = None
 
     @property
     def steps(self) -> bool:
@@ -61,7 +62,8 @@ def decide(calls: Sequence[Call], out: Any) -> Decision:
     outs = tensors(out)
     layouts = tuple(_sharding(parts, leaf) for leaf in range(len(outs)))
     partial = tuple(found for p in parts for found in p.partial)
-    return Decision(layouts, _action(parts, layouts, outs), partial)
+    unusable = next((p.unusable for p in parts if p.unusable is not None), None)
+    return Decision(layouts, _action(parts, layouts, outs), partial, unusable)
 
 
 def _sharding(parts: Sequence[_Part], leaf: int) -> Sharding:
@@ -73,7 +75,8 @@ def _decide_part(call: Call, out: Any) -> _Part | None:
     if not call.any_split and call.name != "constrain":
         return None
     first = call.operands[0]
-    local = is_pointwise(call) and first.layout.plain
+    alike = all(op.entry == first.entry or op.meta.numel() == 1 for op in call.operands)
+    local = is_pointwise(call) and (first.layout.plain or alike)
     if is_inplace(call.name) and first.dim is not None and not local:
         raise refuse(call, "writes in place into")
     if isinstance(call.kwargs.get("out"), Tensor):
@@ -83,8 +86,14 @@ def _decide_part(call: Call, out: Any) -> _Part | None:
     known = rule is not None and (not cuts or knows_cuts(call))
     outcome = rule(call, out) if rule is not None and known else call.gather()
     if call.axis == "cp":
-        _refuse_mixing(call)
-        return _Part(call.axis, call, outcome, [])
+        mixing = _mixing(call)
+        if mixing is None:
+            return _Part(call.axis, call, outcome, [])
+        if call.name not in ("__getitem__", "narrow"):
+            raise mixing
+        for op in call.operands:  # a cache keeps such slices that training never looks at
+            op.steps.clear()
+        return _Part(call.axis, call, Outcome(), [], mixing)
     if outcome.kind in _SUMS:
         _scatter(call, outcome, out)
     return _Part(call.axis, call, outcome, _vary(call, outcome))
@@ -118,15 +127,17 @@ def _scatter(call: Call, outcome: Outcome, out: Any) -> None:
             op.exempt = False  # a bias, added to a part of the tokens
 
 
-def _refuse_mixing(call: Call) -> None:
+def _mixing(call: Call) -> ShardingError | None:
+    """Return the refusal of a call inside a block that needs the whole sequence."""
     gathered = any(step == "gather" for op in call.operands for step, _ in op.steps)
-    if gathered and call.scene.in_block:
-        raise ShardingError(
-            f"'{call.name}' inside a block needs the whole sequence, which cp={call.degree} splits"
-            f"{user_line()}\n"
-            f"  operands: {shown(call)}\n"
-            "  options: F.scaled_dot_product_attention for attention | cp=1"
-        )
+    if not gathered or not call.scene.in_block:
+        return None
+    return ShardingError(
+        f"'{call.name}' inside a block needs the whole sequence, which cp={call.degree} splits"
+        f"{user_line()}\n"
+        f"  operands: {shown(call)}\n"
+        "  options: F.scaled_dot_product_attention for attention | cp=1"
+    )
 
 
 def _action(

@@ -145,6 +145,7 @@ def _pair_up(name: str, module: nn.Module, found: Derived) -> list[Linear]:
     own = _as_linear(name, module)
     if own is not None:
         return [own]
+    _experts(name, module, found)
     waiting: list[Linear] = []
     for leaf, child in module.named_children():
         waiting += _pair_up(f"{name}.{leaf}" if name else leaf, child, found)
@@ -195,7 +196,7 @@ def _fused_attention(linears: Sequence[Linear], module: nn.Module, found: Derive
     """One projection to query, key and value, then the output projection."""
     if len(linears) < 2:
         return 0
-    fused, out = linears[:2]
+    fused, out = sorted(linears[:2], key=lambda x: x.outputs, reverse=True)  # either comes first
     rest = fused.outputs - out.inputs
     if fused.inputs != out.outputs or rest <= 0 or rest % 2 or rest > 2 * out.inputs:
         return 0
@@ -252,6 +253,28 @@ def _mlp(linears: Sequence[Linear], module: nn.Module, found: Derived) -> int:
     return 2
 
 
+def _experts(name: str, module: nn.Module, found: Derived) -> None:
+    """Gated experts whose weights are stacked: (experts, 2 f, d) and (experts, d, f)."""
+    both, down = (module._parameters.get(leaf) for leaf in ("gate_up_proj", "down_proj"))
+    if both is None or down is None or both.ndim != 3 or down.ndim != 3:
+        return
+    if "grouped_mm" not in _experts_run_as(module):
+        found.left[name] = "its code reads which expert each token takes: whole on every rank"
+    elif both.shape[1] == 2 * down.shape[2] and both.shape[2] == down.shape[1] != down.shape[2]:
+        f = down.shape[2]
+        why = "gate and up of experts, each expert split inside"
+        found.add({f"{name}.gate_up_proj": Mark("tp", 1, (f, f), why)})
+        found.add({f"{name}.down_proj": Mark("tp", 2, None, "down of experts")})
+    else:
+        found.left[name] = "cannot tell how gate and up lie in its weights"
+
+
+def _experts_run_as(module: nn.Module) -> str:
+    """Return how transformers runs the experts of ``module``; "eager" loops over them."""
+    config = getattr(module, "config", None)
+    return str(getattr(config, "_experts_implementation", None) or "eager")
+
+
 def _head_size(linear: Linear, module: nn.Module, width: int | None = None) -> int | None:
     """Return the size of a head, where a module near ``linear`` says so."""
     for owner in module.modules():
@@ -277,26 +300,31 @@ def _vocabulary(model: nn.Module, inside: tuple[str, ...], found: Derived) -> No
     ]
     tables = [(n, m) for n, m in outside if type(m) is nn.Embedding]
     heads = [x for n, m in outside if (x := _as_linear(n, m)) is not None]
-    given: Any = getattr(model, "get_input_embeddings", None)
-    tokens = None
-    if callable(given):
-        try:
-            tokens = given()
-        except NotImplementedError:
-            tokens = None
+    tokens = _token_table(model)
     for name, table in tables:
         weight = f"{name}.weight"
-        matching = [h for h in heads if h.outputs == table.num_embeddings]
-        matching += [h for h in heads if h.module.weight is table.weight]
+        matching = [h for h in heads if h.module.weight is table.weight]
+        if tokens in (None, table):
+            matching += [h for h in heads if h.outputs == table.num_embeddings]
         if not matching and table is not tokens:
-            found.left[weight] = "no head has as many outputs: not taken for a vocabulary"
+            found.left[name] = "no head has as many outputs: not taken for a vocabulary"
             continue
-        found.add({weight: Mark("tp", 0, None, "token embedding", table.num_embeddings)})
+        found.add({weight: Mark("tp", 0, None, "token embedding")})
         for head in matching:
-            found.add(head.column("head over the vocabulary", head.outputs))
+            found.add(head.column("head over the vocabulary"))
     for head in heads:
         if f"{head.name}.weight" not in found.marks:
             found.left.setdefault(head.name, "outside of the blocks, and no head over a vocabulary")
+
+
+def _token_table(model: nn.Module) -> nn.Module | None:
+    """Return the token embedding of a model that says which it is, as transformers' do."""
+    given: Any = getattr(model, "get_input_embeddings", None)
+    try:
+        table = given() if callable(given) else None
+    except NotImplementedError:
+        return None
+    return table if isinstance(table, nn.Embedding) else None
 
 
 # --- the plan that transformers' models ship

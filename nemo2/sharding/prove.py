@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..pipeline.absent import Absent, absent_call, is_absent, name_of, to_meta
+from ..pipeline.absent import Absent, NeedsValueError, is_absent, name_of, to_meta
 from ..planning import run_step
 from ..pytree import tree_leaves, tree_unflatten
-from ..record import Recorder, Setting, is_leaf
+from ..record import Recorder, is_leaf
+from ..record_calls import Setting
 from ..trace import Activation, Event, Trace, identity
-from .actions import COMPOSITE, Action, Fix
+from .actions import COMPOSITE, Action, Fix, is_marker
 from .layout import Sharding, local_shape
 from .scripts import Programs, installable, needing, programs
 
@@ -87,7 +88,20 @@ class Prover(Recorder):
         for activation in trace.root.walk():
             for event in activation.events():
                 self.expected[event.number] = (activation, event)
+        self.closed = {
+            (a.module, a.ordinal): a.closed for a in trace.root.walk() if a.closed is not None
+        }
         self.culprit: list[Activation] = []
+
+    def _run(
+        self, activation: Activation, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        if (activation.module, activation.ordinal) in self.closed:
+            raise NeedsValueError("known from the first run")
+        return super()._run(activation, forward, args, kwargs)
+
+    def _whole_shape(self, activation: Activation, like: Absent) -> tuple[int, ...]:
+        return self.closed[activation.module, activation.ordinal]
 
     def attempt(self, step: Callable[[], Any]) -> str | None:
         """Return None when the local run is the planned one, else the module to emulate.
@@ -133,6 +147,8 @@ class Prover(Recorder):
     ) -> Any:
         if func in COMPOSITE:
             return self.opened(func, args, kwargs or {})
+        if is_marker(func):
+            return func(*args, **(kwargs or {}))
         activation, event = self.expected.get(self.numbers, (None, None))
         if activation is None or event is None or event.name != name_of(func):
             raise self._differs()
@@ -168,7 +184,7 @@ class Prover(Recorder):
             return self._planned(event, action, (args, kwargs))
         if action is not None and not action.soft:
             raise self._differs()
-        out = absent_call(func, args, kwargs)
+        out = self._made(name, func, args, kwargs)
         outs = [x for x in tree_leaves(out) if is_absent(x)]
         if tuple(tuple(x.meta.shape) for x in outs) != event.results:
             raise self._differs()

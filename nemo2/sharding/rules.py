@@ -22,6 +22,7 @@ from .contractions import (
     cross_entropy_rule,
     einsum_rule,
     embedding_rule,
+    grouped_mm_rule,
     linear_rule,
     matmul_rule,
     sdpa_rule,
@@ -376,6 +377,13 @@ def _along_rule(call: Call, out: Any) -> Outcome:
     return Outcome(x.layout)
 
 
+def _topk_rule(call: Call, out: Any) -> Outcome:
+    x = call.operands[0]
+    if x.dim == int(call.arg(2, "dim", -1)) % x.ndim:
+        x.gather()
+    return Outcome(x.layout)
+
+
 def _norm_rule(call: Call, out: Any) -> Outcome:
     x, shape = call.operands[0], call.arg(1, "normalized_shape")
     count = len(shape) if isinstance(shape, (tuple, list, torch.Size)) else 1
@@ -397,12 +405,12 @@ def _reduce_rule(call: Call, out: Any) -> Outcome:
     outs = tensors(out)
     keep = outs[0].ndim == x.ndim
     if x.dim in dims:
-        if call.name in ("sum", "mean"):
+        if call.name in ("sum", "mean") and x.layout.plain:
             return Outcome(REPLICATED, "partial", call.name)
         x.gather()
         return Outcome()
     dim = x.dim if keep else x.dim - sum(d < x.dim for d in dims)
-    return Outcome(Layout(dim))
+    return Outcome(x.layout.at(dim))
 
 
 # --- annotations and tables ---
@@ -448,16 +456,17 @@ _CONSTRUCTORS = _words(
 
 _KNOW_CUTS = {
     *_words(
-        "linear addmm matmul __matmul__ cross_entropy to type_as softmax log_softmax layer_norm"
+        "linear addmm matmul __matmul__ grouped_mm cross_entropy to type_as softmax log_softmax"
     ),
-    *_words("rms_norm constrain"),
+    *_words("layer_norm rms_norm constrain topk"),
 }
 
 
 def knows_cuts(call: Call) -> bool:
     """Say whether a call's rule is right for layouts that are not plain."""
     view = call.name in _VIEWS
-    return view or is_query(call.name) or call.name in _KNOW_CUTS or is_pointwise(call)
+    known = call.name in _KNOW_CUTS or (call.name in _REDUCTIONS and len(call.operands) == 1)
+    return view or known or is_query(call.name) or is_pointwise(call)
 
 
 def rule_of(call: Call) -> Rule | None:
@@ -480,9 +489,11 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat_rule),
     "stack": _stack_rule,
     **dict.fromkeys(_ALONG, _along_rule),
+    "topk": _topk_rule,
     **dict.fromkeys(("layer_norm", "rms_norm"), _norm_rule),
     **dict.fromkeys(_REDUCTIONS, _reduce_rule),
     **dict.fromkeys(_words("matmul __matmul__ __rmatmul__ bmm mm mv dot"), matmul_rule),
+    **dict.fromkeys(_words("grouped_mm _grouped_mm grouped_mm_fallback"), grouped_mm_rule),
     "linear": linear_rule,
     "addmm": addmm_rule,
     "einsum": einsum_rule,

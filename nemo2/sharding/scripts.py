@@ -21,6 +21,7 @@ class Programs:
         quiet: modules called from an emulated one that run outside of its script.
         proved: modules whose own code was shown to compute the right local sizes.
         entries, exits: modules with the changes of layout of what they get and return.
+        closed: modules whose code is not planned, with the shape of what they are to return.
     """
 
     installed: Mapping[str, Action]
@@ -29,6 +30,7 @@ class Programs:
     proved: tuple[str, ...] = ()
     entries: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
     exits: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
+    closed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def installable(activation: Activation) -> Action | None:
@@ -78,7 +80,8 @@ def programs(trace: Trace, emulated: set[str], captured: set[tuple[object, ...]]
     activations = list(trace.root.walk())
     entries = {a.module: a.entries for a in activations if a.entries}
     exits = {a.module: a.exits for a in activations if a.exits}
-    return Programs(installed, scripts, frozenset(quiet), (), entries, exits)
+    closed = {a.module: a.closed for a in activations if a.closed is not None}
+    return Programs(installed, scripts, frozenset(quiet), (), entries, exits, closed)
 
 
 def _merge(module: str, actions: set[Action | None]) -> Action | None:

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from ..mesh.groups import MeshGroups
+from ..pipeline.stages import stage_of
 from ..plan import Plan
 from .fused import in_original_order, is_fused
 from .storage import Entry, Storage
@@ -75,3 +76,23 @@ def copy_into(view: Tensor, full: Tensor) -> None:
     )
     with torch.no_grad():
         view._local_tensor.copy_(part._local_tensor)
+
+
+def persistent_buffers(module: nn.Module, *, aliases: bool = False) -> dict[str, Tensor]:
+    """Return the buffers that state dicts have, by name; ``aliases``: under all of their names."""
+    found = {}
+    for prefix, owner in module.named_modules(remove_duplicate=not aliases):
+        for leaf, buffer in owner._buffers.items():
+            if buffer is not None and leaf not in owner._non_persistent_buffers_set:
+                found[f"{prefix}.{leaf}" if prefix else leaf] = buffer
+    return found
+
+
+def buffer_owner(plan: Plan, buffer: str) -> int:
+    """Return the pipeline rank whose copy of a buffer counts: its block's or its siblings'."""
+    for i, block in enumerate(plan.blocks):
+        if buffer.startswith(block + "."):
+            return plan.stages[stage_of(i, plan.stages)].rank
+    parent = buffer.rpartition(".")[0]
+    near = [p.stages[0] for p in plan.params if p.name.rpartition(".")[0] == parent]
+    return plan.stages[min(near, default=0)].rank

@@ -1,0 +1,73 @@
+"""What a step may not do on its mesh: refused when it is planned, on all ranks alike."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .errors import PipelineError
+from .pipeline.stages import crossings, stage_of
+from .trace import Trace
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+
+def check_limits(plan: Plan, trace: Trace) -> None:
+    """Raise PipelineError for what the trace shows and the mesh does not allow."""
+    if plan.sizes.pp > 1:
+        _check_escapes(plan, trace)
+        _check_checkpoints(plan, trace)
+    _check_router(plan, trace)
+
+
+def check_same_path(plan: Plan, one: Trace, two: Trace) -> None:
+    """Raise PipelineError when two runs of a step on the same batch called other blocks."""
+    before, after = (trace.blocks_called(plan.blocks) for trace in (one, two))
+    if before != after:
+        odd = sorted(set(before) ^ set(after)) or sorted(set(before))
+        raise PipelineError(
+            f"the step was run twice on the same batch, and only once called"
+            f" {', '.join(repr(plan.blocks[i]) for i in odd[:4])}\n"
+            "  options: call every block once a step (no random skipping)"
+        )
+
+
+def skipped(name: str, planned: str | None) -> PipelineError:
+    """Return the error of a run that calls another block than was planned."""
+    expected = f"'{planned}' was planned" if planned else "none was planned"
+    return PipelineError(
+        f"block '{name}' is called where {expected}: which blocks a step calls must depend only"
+        " on shapes and on train/eval\n"
+        "  options: call every block once a step (no random skipping)"
+    )
+
+
+def _check_escapes(plan: Plan, trace: Trace) -> None:
+    for block, position, line in sorted(trace.notes.escaped):
+        if stage_of(block, plan.stages) != stage_of(position, plan.stages):
+            raise PipelineError(
+                f"a value made inside block '{plan.blocks[block]}' is used on another stage, and"
+                f" the block does not return it (a hook, or an attribute, kept it){line}\n"
+                "  options: return it from the block | pp=1"
+            )
+
+
+def _check_checkpoints(plan: Plan, trace: Trace) -> None:
+    for stage, values in zip(plan.stages[1:], crossings(trace, plan.stages), strict=True):
+        if stage.first in trace.notes.reentrant and any(v.requires_grad for v in values):
+            raise PipelineError(
+                f"the first block of stage {stage.index}, '{plan.blocks[stage.first]}', is called"
+                " in a reentrant activation checkpoint, which would lose the gradients of earlier"
+                " stages\n  options: checkpoint(..., use_reentrant=False)"
+            )
+
+
+def _check_router(plan: Plan, trace: Trace) -> None:
+    parts = plan.sizes.dp * plan.sizes.cp * plan.options.pipeline.microbatches
+    if trace.notes.router_logits and parts > 1:
+        raise PipelineError(
+            "output_router_logits=True adds an auxiliary loss that is no mean over samples: the"
+            f" mean of {parts} parts (dp={plan.sizes.dp}, cp={plan.sizes.cp},"
+            f" microbatches={plan.options.pipeline.microbatches}) is not that of the whole batch\n"
+            "  options: output_router_logits=False | dp=1, cp=1 and one microbatch"
+        )
