@@ -34,12 +34,14 @@ def parallelize(
 
     The caller's module is left alone unless ``inplace``. Weights and buffers are those of
     the mesh's first rank, whatever the others drew. What is on meta is drawn, module by module,
-    by the modules' own ``reset_parameters``, from the first rank's ``torch.initial_seed()`` and
-    the module's name: the same on every mesh.
+    by the initialisers that its constructor used, from the first rank's
+    ``torch.initial_seed()`` and the module's name: the same on every mesh. A rank's memory is
+    then its shards and, while it draws, one module.
 
     Args:
-        model: an annotated module, the same on every rank; may be on meta where each module
-            that owns tensors has a ``reset_parameters`` that fills them.
+        model: an annotated module, the same on every rank; may be on meta where
+            ``reset_parameters`` of each module, ``self.apply(self._init_weights)`` or, in a model
+            of transformers, ``_init_weights`` fill all of its tensors.
         mesh: from ``make_mesh``; axes it lacks have size 1.
         data_parallel: ``"fsdp"``, ``"zero1"``, ``"ddp"`` or a ``DataParallel``.
         pipeline: microbatches and schedule.
@@ -53,15 +55,17 @@ def parallelize(
     # DTensor, which these need, takes half a second to import.
     from .model import ParallelModel
     from .pipeline.runner import StageRunner
+    from .sharding.materialise import Source, materialise
     from .sharding.storage import check_same_everywhere, finish, place, shard_over_dp, storage_mesh
 
     planned = plan(model, mesh, data_parallel=data_parallel, pipeline=pipeline, **options)
     groups = MeshGroups.of(mesh)
     check_same_everywhere(planned, groups)
+    seed = _seed(groups)
+    source = Source(model, groups, seed)
     module = model if inplace else _copy_without_parameters(model)
     where = places(module)
-    seed = _seed(groups)
-    entries = place(planned, model, where, module, groups, seed)
+    entries = place(planned, where, module, groups)
     runner = StageRunner(module, planned, groups, where)
     managed: list[nn.Module] = []
     data = groups.data_mesh
@@ -71,6 +75,7 @@ def parallelize(
             planned, runner, module, list(entries.values()), data, groups.pp_rank
         )
     runner.split_into_stages()
+    materialise(planned, source, entries, module, managed, groups)
     storage = finish(entries, storage_mesh(groups, data), planned.options)
     ties = _tie_groups(planned, groups)
     return ParallelModel(runner, planned, groups, storage, managed, ties, mesh, seed, where)

@@ -27,6 +27,7 @@ from .pipeline.stages import (
     check_microbatches,
     crossings,
     expected_stages,
+    module_order,
     ranks_of,
     split_blocks,
     stage_of,
@@ -210,6 +211,7 @@ def _plan_params(
 ) -> tuple[ParamPlan, ...]:
     problems: list[str] = []
     plans = []
+    order = module_order(model)
     for name, param in model.named_parameters():
         shape = tuple(param.shape)
         problems += _problems(name, shape, marks[name], sizes)
@@ -219,7 +221,7 @@ def _plan_params(
         # FSDP2 gathers each block as a unit, and cannot split what several units hold.
         shared = len({block_of(n, blocks) for n in names}) > 1
         dp_dim = None if shared or not shape else by_axis["dp"].dim if "dp" in by_axis else 0
-        homes = expected_stages(model, names, blocks, stages)
+        homes = expected_stages(order, names, blocks, stages)
         plans.append(
             ParamPlan(
                 name,

@@ -479,7 +479,7 @@ def test_rotary_buffers_uninitialised_after_meta_are_refused(pool):
     [
         (Custom, "'1' (Custom) has init_weights, which may set its submodules"),
         (Owner, "'1' (Owner) has no reset_parameters for parameter 'scale'"),
-        (Forgets, "reset_parameters of '1.inner' (Filling) does not fill 'table'"),
+        (Forgets, "reset_parameters of '1.inner' (Filling) does not fill buffer 'table'"),
         (functools.partial(nn.MultiheadAttention, 4, 1), "has _reset_parameters, which may"),
     ],
     ids=["custom", "owner", "forgets", "transformer"],

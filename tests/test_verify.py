@@ -14,7 +14,7 @@ from torch import nn
 
 import nemo2
 from nemo2.pipeline import program
-from nemo2.sharding import actions, attention, collectives, reduce, storage
+from nemo2.sharding import actions, attention, collectives, materialise, reduce
 from tests.models import GPT, VOCAB, Skip, counted, next_token, token_ids
 
 
@@ -101,7 +101,7 @@ def wrong_half(x, dim, axis):
     return TAKE(x, dim, dataclasses.replace(axis, rank=0))
 
 
-ALL_REDUCE, TP_PART, SCALE = collectives.all_reduce, storage._tp_part, reduce.scale_gradients
+ALL_REDUCE, TP_PART, SCALE = collectives.all_reduce, materialise._tp_part, reduce.scale_gradients
 TAKE, WHOLE = collectives.take, {"sequence_parallel": False}
 
 # name -> (what is patched, by what, mesh, model, and options if any)
@@ -121,8 +121,8 @@ BUGS = {
         WHOLE,
     ),
     "a wrong scale": ("nemo2.model.scale_gradients", scaled, {"dp": 2}, tied),
-    "swapped shards": ("nemo2.sharding.storage._tp_part", swapped_shard, {"tp": 2}, tied),
-    "one swapped shard": ("nemo2.sharding.storage._tp_part", swapped_for_one, {"tp": 2}, tied),
+    "swapped shards": ("nemo2.sharding.materialise._tp_part", swapped_shard, {"tp": 2}, tied),
+    "one swapped shard": ("nemo2.sharding.materialise._tp_part", swapped_for_one, {"tp": 2}, tied),
     "a tied gradient left out": (
         "nemo2.parallelize._tie_groups",
         lambda plan, groups: {},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,17 +135,25 @@ def ranks_of(indices: Iterable[int], stages: Sequence[StagePlan]) -> tuple[int, 
     return tuple(dict.fromkeys(stages[i].rank for i in sorted(indices)))
 
 
+def module_order(model: nn.Module) -> dict[str, int]:
+    """Return where each module, by all of its names, comes in the model."""
+    return {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+
+
 def expected_stages(
-    model: nn.Module, names: Sequence[str], blocks: Sequence[str], stages: Sequence[StagePlan]
+    order: Mapping[str, int],
+    names: Sequence[str],
+    blocks: Sequence[str],
+    stages: Sequence[StagePlan],
 ) -> tuple[int, ...]:
     """Say for each of ``names`` which stage holds that parameter, by where it is registered.
 
     Parameters of a block go with it; others to the first stage when their module comes
-    before the blocks in the model, to the last when after. The step's plan checks it.
+    before the blocks in the model (in ``order``), to the last when after. The step's plan
+    checks it.
     """
     if len(stages) == 1:
         return (0,) * len(names)
-    order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     start = min(order[b] for b in blocks)
     found = []
     for name in names:

@@ -235,6 +235,11 @@ class DataParallelRun:
                 entry.compute.grad = None
 
 
+def fsdp_params(managed: Sequence[nn.Module]) -> list[Any]:
+    """Return FSDP2's own records of the parameters that it splits."""
+    return [p for module in managed for group in _param_groups(module) for p in group.fsdp_params]
+
+
 def _has_gradient(param: Any) -> bool:
     """Say whether FSDP2's parameter has a gradient that is not reduced."""
     if param.unsharded_accumulated_grad is not None:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -28,8 +27,6 @@ from ..places import Place
 from ..plan import ParamPlan, Plan
 from ..trace import Trace
 from .collectives import gather_single
-from .fused import in_rank_order
-from .initial import Initial, check_materialisable
 from .precision import compute_copy, filled
 
 
@@ -172,49 +169,29 @@ def check_same_everywhere(plan: Plan, groups: MeshGroups) -> None:
 
 
 def place(
-    plan: Plan,
-    model: nn.Module,
-    where: Sequence[Place],
-    module: nn.Module,
-    groups: MeshGroups,
-    seed: int,
+    plan: Plan, where: Sequence[Place], module: nn.Module, groups: MeshGroups
 ) -> dict[str, Entry]:
-    """Fill the places of ``module`` with this rank's parts of rank 0's values of ``model``.
+    """Put this rank's parameters, on meta, into the places of ``module``.
 
-    Parameters of other stages leave ``_parameters`` and stay behind as absent attributes. What is
-    on meta is drawn, from ``seed`` and its module's name.
-
-    Communication: one broadcast over the world of each parameter and buffer that has values.
+    Parameters of other stages leave ``_parameters`` and stay behind as absent attributes.
     """
-    check_materialisable(model)
-    initial = Initial(model, seed)
-    values = dict(model.named_parameters())
     entries: dict[str, Entry] = {}
+    by_param: dict[str, list[Place]] = {}
+    for w in where:
+        by_param.setdefault(w.param, []).append(w)
     for param in plan.params:
-        value, here = values[param.name].detach(), groups.pp_rank in param.ranks
-        if value.is_meta:
-            full = initial.value(param.name).to(groups.device) if here else value
-        else:
-            full = _from_rank_0(value, groups)
-        if here:
-            compute = nn.Parameter(_tp_part(full, param, groups), requires_grad=param.trainable)
+        if groups.pp_rank in param.ranks:
+            part = torch.empty(param.local_shape, dtype=param.dtype, device="meta")
+            compute = nn.Parameter(part, requires_grad=param.trainable)
             entries[param.name] = Entry(param, [], compute, ())
         absent = placeholder(param, plan.options, groups.device)
-        for w in where:
-            if w.param == param.name:
-                w.module._parameters.pop(w.leaf)
-                if groups.pp_rank in ranks_of(param.homes_of(w.names), plan.stages):
-                    entries[param.name].places.append((w.module, w.leaf))
-                    w.module._parameters[w.leaf] = entries[param.name].compute
-                else:
-                    w.module.__dict__[w.leaf] = absent
-    for name, sub in module.named_modules():
-        for leaf, buffer in sub._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                made = initial.value(f"{name}.{leaf}" if name else leaf)
-                sub._buffers[leaf] = made.to(groups.device)
-            elif buffer is not None:
-                sub._buffers[leaf] = _from_rank_0(buffer, groups)
+        for w in by_param[param.name]:
+            w.module._parameters.pop(w.leaf)
+            if groups.pp_rank in ranks_of(param.homes_of(w.names), plan.stages):
+                entries[param.name].places.append((w.module, w.leaf))
+                w.module._parameters[w.leaf] = entries[param.name].compute
+            else:
+                w.module.__dict__[w.leaf] = absent
     return entries
 
 
@@ -223,22 +200,6 @@ def placeholder(param: ParamPlan, options: Options, device: torch.device) -> Abs
     absent = Absent.like(param.shape, options.compute_dtype(param.dtype), device)
     absent.param = param.name
     return absent
-
-
-def _from_rank_0(value: Tensor, groups: MeshGroups) -> Tensor:
-    value = value.to(groups.device, copy=True).contiguous()
-    if groups.sizes.world > 1:
-        root = int(groups.mesh.mesh.reshape(-1)[0])
-        dist.broadcast(value, src=root, group=groups.world)
-    return value
-
-
-def _tp_part(full: Tensor, param: ParamPlan, groups: MeshGroups) -> Tensor:
-    if param.tp_dim is None:
-        return full
-    size = full.shape[param.tp_dim] // groups.sizes.tp
-    whole = in_rank_order(full, param, groups.sizes.tp)
-    return whole.narrow(param.tp_dim, groups.tp_rank * size, size).clone()
 
 
 def shard_over_dp(
@@ -251,8 +212,9 @@ def shard_over_dp(
 ) -> list[nn.Module]:
     """Split the parameters over ``data`` with FSDP2; returns the modules that FSDP manages.
 
-    Parameters that FSDP2 cannot split are left whole: see ``ParamPlan.dp_dim``. The last module
-    returned is the runner, which holds what is outside of the blocks.
+    They are still on meta, so that no rank ever holds more than its shards. Parameters that
+    FSDP2 cannot split are left whole: see ``ParamPlan.dp_dim``. The last module returned is the
+    runner, which holds what is outside of the blocks.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
