@@ -232,9 +232,13 @@ def test_all_problems_at_once() -> None:
 
 
 def test_without_rules() -> None:
-    model = annotate(plain())
-    assert model is annotate(model)  # again: nothing changes
-    assert all(mark.why for marks in collect(model).marks.values() for mark in marks)
+    model = annotate(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)))
+    assert annotate(model) is model  # again: nothing changes
+    marks = collect(model).marks
+    assert marks["0.weight"] == marks["0.bias"] == (Mark("tp", 0),)
+    assert marks["2.weight"] == (Mark("tp", 1),)
+    assert marks["2.bias"] == ()
+    assert all(mark.why for own in marks.values() for mark in own)
 
 
 def test_shard_errors() -> None:
