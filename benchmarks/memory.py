@@ -1,9 +1,11 @@
-"""Peak host memory of ``parallelize`` for a Hugging Face model on meta, per rank.
+"""Peak host memory of ``parallelize`` for a Hugging Face model on meta, and of ``load``, per rank.
 
 ``python -m benchmarks.memory`` starts 4 gloo processes for each mesh. The model is shaped like
 Llama, of 1.06 billion parameters. The peak is the growth of this process's resident memory
 (VmHWM, reset before) over what it was after imports and one small model on the same mesh; the
-ideal is the bytes of the rank's shards plus those of the largest module.
+ideal is the bytes of the rank's shards plus those of the largest module. With ``--load`` the
+weights are saved and read again, and the peak is that of ``load`` beside the shards, which it
+fills: of anonymous memory (the pages of the mapped file are the system's), sampled.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -95,12 +98,41 @@ def measure(mesh: Any, **options: Any) -> dict[str, float]:
     }
 
 
-def rank(sizes: str) -> None:
+def measure_load(mesh: Any, folder: str) -> dict[str, float]:
+    """Return the growth in bytes and the seconds of ``nemo2.load``, and what this rank holds."""
+    parallel = nemo2.parallelize(build(LARGE), mesh)
+    if not Path(folder).exists():  # the first mesh writes it
+        dist.barrier()
+        nemo2.save(folder, parallel, format="safetensors")
+    settle()
+    before, peak, done = memory("RssAnon"), 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, memory("RssAnon") - before)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    start = time.perf_counter()
+    nemo2.load(folder, parallel)
+    seconds = time.perf_counter() - start
+    done.set()
+    sampler.join()
+    settle()
+    kept = memory("RssAnon") - before
+    largest = max(p.local.nbytes for p in parallel.storage)
+    shards = sum(p.local.nbytes for p in parallel.storage)
+    sizes = {"shards": shards, "largest": largest, "ideal": shards + largest}
+    return {**sizes, "peak": shards + peak, "kept": shards + kept, "seconds": seconds}
+
+
+def rank(sizes: str, folder: str | None) -> None:
     """Measure one mesh on this rank; rank 0 prints the row."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     mesh = nemo2.make_mesh(**dict(nemo2_sizes(sizes)), device="cpu")
-    own = measure(mesh)
+    own = measure(mesh) if folder is None else measure_load(mesh, folder)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     if dist.get_rank() == 0:
@@ -121,10 +153,12 @@ def row(mesh: str, index: int, r: dict[str, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mesh", action="append", help="measured alone; several are allowed")
+    parser.add_argument("--load", action="store_true", help="measure reading the weights")
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank_of:
-        rank(args.rank_of)
+        rank(args.rank_of, args.folder)
         return
     import transformers
 
@@ -134,11 +168,12 @@ def main() -> None:
     print(f"{platform.python_version()}, 4 processes of one thread, {os.cpu_count()} cores\n")
     print("| mesh | rank | shards | largest module | ideal | peak | kept | peak / ideal | s |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
-    for mesh in args.mesh or MESHES:
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        for mesh in args.mesh or MESHES:
             launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4"]
             launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--log-dir", folder]
             own = ["-m", "benchmarks.memory", "--rank-of", mesh]
+            own += ["--folder", f"{folder}/weights"] if args.load else []
             quiet = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
             subprocess.run([*launch, *own], check=True, env=quiet)
 

@@ -98,13 +98,22 @@ def materialise(
     """
     for param in plan.params:
         _fill(param, source, entries.get(param.name), groups)
-    for name, sub in module.named_modules():
-        for leaf, buffer in sub._buffers.items():
-            if buffer is not None:
-                sub._buffers[leaf] = source.buffer(f"{name}.{leaf}" if name else leaf, buffer)
+    _fill_buffers(source, module)
     source.close()
     for held in fsdp_params(managed):
         held.reset_sharded_param()
+
+
+def _fill_buffers(source: Source, module: nn.Module) -> None:
+    """Give each buffer its value; what is one tensor in several places stays one."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one, whose id is then not reused
+    for name, sub in module.named_modules():
+        for leaf, buffer in sub._buffers.items():
+            if buffer is not None:
+                if id(buffer) not in made:
+                    value = source.buffer(f"{name}.{leaf}" if name else leaf, buffer)
+                    made[id(buffer)] = buffer, value
+                sub._buffers[leaf] = made[id(buffer)][1]
 
 
 def _fill(param: ParamPlan, source: Source, entry: Entry | None, groups: MeshGroups) -> None:
