@@ -51,6 +51,7 @@ def parallelize(
     Raises: Nemo2Error and its subclasses, from the plan, on all ranks alike.
     """
     # DTensor, which these need, takes half a second to import.
+    from .inside import note_parts
     from .model import ParallelModel
     from .pipeline.runner import StageRunner
     from .sharding.storage import check_same_everywhere, finish, place, shard_over_dp, storage_mesh
@@ -73,7 +74,9 @@ def parallelize(
     runner.split_into_stages()
     storage = finish(entries, storage_mesh(groups, data), planned.options)
     ties = _tie_groups(planned, groups)
-    return ParallelModel(runner, planned, groups, storage, managed, ties, mesh, seed, where)
+    made = ParallelModel(runner, planned, groups, storage, managed, ties, mesh, seed, where)
+    note_parts(made)
+    return made
 
 
 def _copy_without_parameters(model: nn.Module) -> nn.Module:
