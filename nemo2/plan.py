@@ -35,7 +35,8 @@ from .places import Place, places
 from .planning import planning, run_step
 from .pytree import tree_map
 from .randomness import Randomness, key_dropout
-from .record import Recorder, Setting
+from .record import Recorder
+from .record_calls import Setting
 from .sharding.annotate import Mark, check, collect
 from .sharding.layout import REPLICATED, Layout, Sharding
 from .sharding.prove import Prover, prove, vary_mixed

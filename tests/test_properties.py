@@ -34,6 +34,7 @@ class Shape:
     tied: bool
     fused: bool
     parallel: bool
+    whole: str = ""  # what is not annotated
 
     @property
     def width(self) -> int:
@@ -59,11 +60,13 @@ class Block(nn.Module):
         self.up = nn.Linear(s.width, gates * s.hidden, bias=s.bias)
         self.down = nn.Linear(s.hidden, s.width, bias=s.bias)
         columns[self.up] = (s.hidden,) * gates if gates > 1 else None
+        attention, mlp = s.whole != "attention", s.whole != "mlp"
         for layer, parts in columns.items():
-            for p in layer.parameters():
+            for p in layer.parameters() if (mlp if layer is self.up else attention) else ():
                 shard(p, "tp", dim=0, parts=parts)
-        for layer in (self.out, self.down):
-            shard(layer.weight, "tp", dim=1)
+        for layer, split in ((self.out, attention), (self.down, mlp)):
+            if split:
+                shard(layer.weight, "tp", dim=1)
 
     def attention(self, x: Tensor) -> Tensor:
         s = self.shape
@@ -100,8 +103,10 @@ class Net(nn.Module):
         self.head = nn.Linear(s.width, VOCAB, bias=False)
         if s.tied:
             self.head.weight = self.embed.weight
-        shard(self.embed.weight, "tp", dim=0)
-        shard(self.head.weight, "tp", dim=0)
+        if s.whole not in ("table", "vocabulary"):
+            shard(self.embed.weight, "tp", dim=0)
+        if s.whole not in ("head", "vocabulary"):
+            shard(self.head.weight, "tp", dim=0)
         shard(self.blocks, "pp")
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -127,6 +132,7 @@ def shapes(draw):
         draw(st.booleans()),
         draw(st.booleans()),
         draw(st.booleans()),
+        draw(st.sampled_from(("", "table", "head", "vocabulary", "attention", "mlp"))),
     )
 
 
@@ -160,6 +166,8 @@ def checked(shape, sizes, loss, options):
     return None if report.ok else report
 
 
+# A tied weight that is whole on each rank, used on tokens that are split.
+WHOLE = Shape(4, 2, 4, 2, 20, True, "layer", "gelu", True, False, False, "vocabulary")
 ODD = Shape(6, 3, 4, 3, 20, True, "layer", "gated", True, True, True)
 
 
@@ -170,6 +178,7 @@ ODD = Shape(6, 3, 4, 3, 20, True, "layer", "gated", True, True, True)
     suppress_health_check=list(HealthCheck),
 )
 @given(shapes(), meshes(), st.sampled_from((next_token, counted)), OPTIONS)
+@example(WHOLE, {"tp": 2, "cp": 1, "pp": 1, "dp": 1}, counted, {"pipeline": Pipeline(2)})
 @example(ODD, {"tp": 2, "cp": 2, "pp": 2, "dp": 1}, counted, {"pipeline": Pipeline(3)})
 def test_random_models_equal_one_device(pool, shape, sizes, loss, options):
     world = sizes["tp"] * sizes["cp"] * sizes["pp"] * sizes["dp"]

@@ -6,8 +6,10 @@ None is annotated: ``nemo2.annotate(model)`` derives what is sharded. ``python -
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -344,3 +346,78 @@ def check(name: str, mesh: str, device: str) -> str:
     except nemo2.Nemo2Error as error:
         return f"refused: {error}"
     return "equal" if report.ok else str(report)
+
+
+# --- the table
+
+
+def main() -> int:
+    """Run every model on every mesh and write ``docs/models.md``."""
+    import transformers
+
+    from tests.pool import Pool
+
+    pool, found = Pool(), {}
+    for mesh, name in ((m, n) for m in MESHES for n in ZOO):
+        world = nemo2.mesh.MeshSizes.of(mesh).world
+        try:
+            found[name, mesh] = pool.run(world, check, name, mesh, "cpu", timeout=200)[0]
+        except RuntimeError as error:
+            found[name, mesh] = str(error)
+        print(f"{name}, {mesh}: {found[name, mesh]}", flush=True)
+    pool.close()
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
+    rows = [_table_row(name, found) for name in ZOO]
+    Path(__file__).parents[1].joinpath("docs", "models.md").write_text(
+        _PAGE.format(
+            versions=f"{versions}, Python {sys.version.split()[0]}",
+            header=" | ".join(MESHES),
+            rules="---|" * len(MESHES),
+            rows="\n".join(rows),
+        )
+    )
+    wrong = [k for k, text in found.items() if not _as_stated(*k, text)]
+    print(f"{len(found)} cells, {len(wrong)} not as stated: {wrong}")
+    return 1 if wrong else 0
+
+
+def _as_stated(name: str, mesh: str, text: str) -> bool:
+    refusal = ZOO[name].refused.get(mesh)
+    return text == "equal" if refusal is None else text.startswith("refused") and refusal in text
+
+
+def _table_row(name: str, found: Mapping[tuple[str, str], str]) -> str:
+    cells = []
+    for mesh in MESHES:
+        text = found[name, mesh]
+        short = " ".join(text.removeprefix("refused: ").split("\n")[0].split())
+        cells.append("equal" if text == "equal" else f"refused: {short.replace('|', '/')}")
+    kind = "float64" if ZOO[name].dtype is torch.float64 else "float32"
+    return f"| {name} | {kind} | " + " | ".join(cells) + " |"
+
+
+_PAGE = """# Models
+
+`python -m tests.zoo` wrote this page: unmodified models in tiny random configurations
+(`tests/zoo.py`), annotated by `nemo2.annotate(model)` without rules, each compared by
+`nemo2.verify` with the same model on one device: loss, every gradient, gradient norm, and weights
+after one AdamW step; 2 microbatches, gloo processes. float64 at 1e-9; float32 at 1e-5 where the
+model calls `grouped_mm`, which knows no float64.
+
+{versions}.
+
+| model | dtype | {header} |
+|---|---|{rules}
+{rows}
+
+Caches stay at their default (`use_cache` is not touched), batches go in by keyword, outputs are
+dataclasses. A mixture of experts runs its experts split inside each expert (`grouped_mm`), or
+whole on each rank of `tp` where its code reads which expert a token takes (`eager`); there is no
+axis for experts. Its auxiliary loss is right on `tp` alone with one microbatch, and refused
+elsewhere. Context parallelism needs `F.scaled_dot_product_attention`: Gemma-2's attention with
+capped scores is written by hand, T5's has a learned bias, and expert routing sorts tokens.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -130,7 +130,9 @@ def _dropout_forward(
 def _on_local_tensors(module: Any, action: Action, axes: Axes) -> Callable[[Tensor], Any]:
     tp = axes["tp"]
     steps = [step for fix in action.fixes for step in fix.steps]
+    of_input = [fix.leaves for fix in action.fixes] == [(0,)]  # a weight may vary as well
     enters = len(steps) == 1 and steps[0][:2] in (("vary", "tp"), ("gather_vary", "tp"))
+    enters = enters and of_input
     if action.kind == "call" and enters and isinstance(module, nn.Linear):
         layout = steps[0][2]
 

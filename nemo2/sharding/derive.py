@@ -298,7 +298,7 @@ def _vocabulary(model: nn.Module, inside: tuple[str, ...], found: Derived) -> No
     outside = [
         (n, m) for n, m in model.named_modules() if not f"{n}.".startswith(inside or ("\0",))
     ]
-    tables = [(n, m) for n, m in outside if type(m) is nn.Embedding]
+    tables = [(n, m) for n, m in outside if isinstance(m, nn.Embedding)]
     heads = [x for n, m in outside if (x := _as_linear(n, m)) is not None]
     tokens = _token_table(model)
     for name, table in tables:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..pipeline.absent import Absent, NeedsValueError, is_absent, name_of, to_meta
 from ..planning import run_step
 from ..pytree import tree_leaves, tree_unflatten
-from ..record import Recorder, Setting, is_leaf
+from ..record import Recorder, is_leaf
+from ..record_calls import Setting
 from ..trace import Activation, Event, Trace, identity
 from .actions import COMPOSITE, Action, Fix, is_marker
 from .layout import Sharding, local_shape

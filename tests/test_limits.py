@@ -1,0 +1,216 @@
+"""What is refused when a step is planned, with the user's line and what to do instead."""
+
+from __future__ import annotations
+
+import random
+import re
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import nemo2
+from tests import zoo
+from tests.models import GPT, next_token, token_ids
+
+
+class Glue(GPT):
+    """A GPT whose glue does one thing that some meshes do not allow."""
+
+    def __init__(self, odd):
+        super().__init__(4)
+        self.odd, self.kept = odd, []
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        if self.odd == "reads" and x.abs().max() > 1e9:
+            x = x * 2
+        buffer = torch.zeros(*x.shape, dtype=x.dtype, device=x.device)
+        for i, layer in enumerate(self.layers):
+            if self.odd == "random" and random.random() < 0.5:
+                continue
+            if self.odd == "drawn" and torch.rand(()) < 0.5:
+                continue
+            x = checkpoint(layer, x, use_reentrant=True) if self.odd == "reentrant" else layer(x)
+            if self.odd == "in place" and i == 0:
+                buffer[:] = x
+        if self.odd == "twice":
+            x = self.layers[0](x)
+        return self.head(self.norm(x + buffer))
+
+
+class Collects(GPT):
+    """A hook in each block keeps a value that the block does not return."""
+
+    def __init__(self):
+        super().__init__(4)
+        self.collect()
+
+    def collect(self):
+        kept = []
+        for layer in self.layers:
+            layer.up.register_forward_hook(lambda m, given, out: kept.append(out.square().mean()))
+        self.kept = lambda: kept
+
+    def forward(self, ids):
+        kept = self.kept()
+        kept.clear()
+        out = super().forward(ids)
+        return out + sum(kept)
+
+
+def tried(build, loss, batch, mesh, device, microbatches=1):
+    """Return whether the step equals one device, or the refusal."""
+    random.seed(0)
+    pipeline = nemo2.Pipeline(microbatches)
+    try:
+        report = nemo2.verify(build, batch, loss, mesh, device=device, pipeline=pipeline)
+    except nemo2.Nemo2Error as error:
+        return str(error)
+    return "equal" if report.ok else str(report)
+
+
+def outcome(pool, build, mesh, loss=next_token, batch=None, microbatches=1):
+    batch = token_ids(8) if batch is None else batch
+    return set(pool.run(2, tried, build, loss, batch, mesh, pool.device, microbatches))
+
+
+@pytest.mark.parametrize(
+    ("odd", "mesh", "message"),
+    [
+        ("reads", "pp=2", r"'__bool__' reads the value(?s:.*)test_limits.py:\d+: if self.odd"),
+        ("reads", "tp=2", r"'__bool__' reads the value(?s:.*)options: compute it from the batch"),
+        ("reads", "dp=2", "equal"),
+        ("in place", "pp=2", r"'__setitem__' writes a value(?s:.*)buffer\[:\] = x"),
+        ("twice", "pp=2", r"'layers.0' is called twice(?s:.*)options: call the model once"),
+        ("twice", "tp=2", "equal"),
+        ("twice", "dp=2", "equal"),
+        ("reentrant", "pp=2", r"'layers.2', is called in a reentrant activation checkpoint"),
+        ("reentrant", "tp=2", "equal"),
+        ("random", "pp=2", "no random skipping"),
+        ("random", "tp=2", "no random skipping"),
+        ("drawn", "pp=2", "options: order the list as it is called"),
+    ],
+)
+def test_glue(pool, odd, mesh, message):
+    (found,) = outcome(pool, partial(Glue, odd), mesh)
+    assert re.search(message, found), found
+
+
+def drawn_later(device):
+    """Skip no block while the step is planned, and one when it runs."""
+    model = Glue("drawn").double()
+    parallel = nemo2.parallelize(model, nemo2.make_mesh(tp=2, device=device))
+    for seed in range(40):
+        torch.manual_seed(seed)
+        try:
+            parallel.backward(next_token, token_ids(4))
+        except nemo2.Nemo2Error as error:
+            return str(error)
+    return "never noticed"
+
+
+def test_a_block_that_is_skipped_in_a_run_is_named(pool):
+    (found,) = set(pool.run(2, drawn_later, pool.device))
+    assert "was planned: which blocks a step calls must depend only on shapes" in found
+
+
+def test_a_value_that_a_hook_keeps_is_refused_across_stages(pool):
+    assert outcome(pool, Collects, "tp=2") == {"equal"}
+    (found,) = outcome(pool, Collects, "pp=2")
+    assert "a value made inside block 'layers.0' is used on another stage" in found
+    assert "test_limits.py" in found
+
+
+def router(aux):
+    model = zoo.causal(
+        "Mixtral",
+        "batched_mm",
+        num_local_experts=4,
+        output_router_logits=aux,
+        router_aux_loss_coef=1.0,
+    )
+    return nemo2.annotate(model)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "microbatches", "message"),
+    [
+        ("tp=2", 1, "equal"),
+        ("tp=2", 2, "the mean of 2 parts (dp=1, cp=1, microbatches=2)"),
+        ("dp=2", 1, "the mean of 2 parts (dp=2, cp=1, microbatches=1)"),
+        ("pp=2", 1, "a value made inside block 'model.layers.0' is used on another stage"),
+    ],
+)
+def test_auxiliary_losses_are_right_or_refused(pool, mesh, microbatches, message):
+    (found,) = outcome(pool, partial(router, True), mesh, zoo.own_loss, zoo.lm(8), microbatches)
+    assert message in found
+
+
+def checkpointing():
+    model = zoo.causal("Llama")
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)()
+    return nemo2.annotate(model)
+
+
+@pytest.mark.parametrize("mesh", ["tp=2", "pp=2", "cp=2", "dp=2"])
+def test_checkpointing_switched_on_by_the_models_own_method(pool, mesh):
+    assert outcome(pool, checkpointing, mesh, zoo.own_loss, zoo.lm(8), 2) == {"equal"}
+
+
+class Chooses(nn.Module):
+    """A mixture whose code reads which expert each token takes."""
+
+    def __init__(self, tuple_out=False):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+        self.tuple_out = tuple_out
+
+    def forward(self, x):
+        out = torch.zeros_like(x)
+        choice = x.detach().sum(-1).mul(1e3).long() % 3
+        for i, expert in enumerate(self.experts):
+            rows = (choice == i).nonzero(as_tuple=True)
+            out[rows] = expert(x[rows])
+        return (out, choice) if self.tuple_out else out
+
+
+class Mixture(GPT):
+    def __init__(self, tuple_out=False):
+        super().__init__(4)
+        for layer in self.layers:
+            layer.up, layer.down = nn.Identity(), Chooses(tuple_out)
+            if tuple_out:
+                layer.down = nn.Sequential(layer.down, First())
+
+
+class First(nn.Module):
+    def forward(self, pair):
+        return pair[0]
+
+
+def test_a_module_that_reads_values_runs_whole(pool):
+    assert outcome(pool, Mixture, "tp=2", microbatches=2) == {"equal"}
+    assert outcome(pool, Mixture, "pp=2", microbatches=2) == {"equal"}
+
+
+def test_a_module_that_reads_values_and_returns_more_is_refused(pool):
+    (found,) = outcome(pool, partial(Mixture, True), "tp=2")
+    assert "Chooses reads values" in found
+    assert "it returns tuple" in found
+
+
+def attaching(device):
+    """Register a hook while the step is planned; it must still be there in the run."""
+    model = zoo.causal("Llama").double()
+    parallel = nemo2.parallelize(nemo2.annotate(model), nemo2.make_mesh(dp=2, device=device))
+    loss = parallel.backward(zoo.hidden_loss, zoo.lm(2))
+    return float(loss), zoo.hidden_loss(model, zoo.lm(2)).item()
+
+
+def test_hooks_that_the_step_registers_stay(pool):
+    for found, expected in pool.run(2, attaching, pool.device):
+        assert found == pytest.approx(expected, rel=1e-6)
