@@ -53,6 +53,7 @@ def parallelize(
     Raises: Nemo2Error and its subclasses, from the plan, on all ranks alike.
     """
     # DTensor, which these need, takes half a second to import.
+    from .inside import note_parts
     from .model import ParallelModel
     from .pipeline.runner import StageRunner
     from .sharding.materialise import Source, materialise
@@ -78,7 +79,9 @@ def parallelize(
     materialise(planned, source, entries, module, managed, groups)
     storage = finish(entries, storage_mesh(groups, data), planned.options)
     ties = _tie_groups(planned, groups)
-    return ParallelModel(runner, planned, groups, storage, managed, ties, mesh, seed, where)
+    made = ParallelModel(runner, planned, groups, storage, managed, ties, mesh, seed, where)
+    note_parts(made)
+    return made
 
 
 def _copy_without_parameters(model: nn.Module) -> nn.Module:

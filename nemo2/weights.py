@@ -29,7 +29,8 @@ def save(
     holds one file's tensors at a time; the others hold one tensor.
 
     Args:
-        model: a ``ParallelModel``, or a module on one device, which one process saves alone.
+        model: a ``ParallelModel``; a module inside of its ``module``, such as the model that a
+            LightningModule holds; or a module on one device, which one process saves alone.
         optimizer, extra: not yet.
         format: ``"safetensors"``; ``"dcp"`` not yet.
 
@@ -59,7 +60,8 @@ def load(
     Args:
         path: a folder with ``model.safetensors`` or an index of such files, or one such file; the
             same on every rank. Tied weights are in it under any of their names.
-        model: a ``ParallelModel``, or a module on one device; its gradients stay as they are.
+        model: a ``ParallelModel``; a module inside of its ``module``, whose own names the file
+            has; or a module on one device. Gradients stay as they are.
         optimizer: not yet.
         strict: whether missing and unexpected tensors are an error.
 

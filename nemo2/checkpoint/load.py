@@ -65,7 +65,7 @@ def load_folder(path: str | Path, target: Target, *, strict: bool) -> Loaded:
             found = match(folder.files, [item.names for item in target.items], target.module)
             if strict and (found.missing or found.unexpected):
                 problems.facts += _left_out(found, len(target.items))
-                problems.options = _LENIENT
+                problems.options = _LENIENT + _part_option(found)
             for item in target.items:
                 if item.local is not None and item.name in found.sources:
                     plans.append((item, _checked(item, found.sources[item.name], folder, problems)))
@@ -174,6 +174,15 @@ def _left_out(found: Match, count: int) -> list[str]:
     if found.unexpected:
         facts.append(f"unexpected in the file, {len(found.unexpected)}: {_some(found.unexpected)}")
     return facts
+
+
+def _part_option(found: Match) -> str:
+    """Return the option to load a part, when the file has the names of one child of the model."""
+    missing = set(found.missing)
+    for child in dict.fromkeys(name.partition(".")[0] for name in found.missing):
+        if any(f"{child}.{name}" in missing for name in found.unexpected):
+            return f" | the part that the file is of: nemo2.load(path, model.{child})"
+    return ""
 
 
 def _some(names: Sequence[str]) -> str:

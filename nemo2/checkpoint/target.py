@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..inside import model_around
 from ..mesh.groups import MeshGroups
 from ..model import ParallelModel
 from ..sharding.fused import in_original_order
@@ -70,16 +71,33 @@ class Target:
 
 
 def target_of(model: nn.Module) -> Target:
-    """Return what a checkpoint holds of a ``ParallelModel`` or of a module on one device.
+    """Return what a checkpoint holds of a ``ParallelModel``, a part of one, or a plain module.
+
+    A part is a module inside of the one that was split, and has the names that it has alone.
 
     Raises: CheckpointError for a module that is not whole: on meta, or split by others.
     """
-    if not isinstance(model, ParallelModel):
+    around = (model, "") if isinstance(model, ParallelModel) else model_around(model)
+    if around is None:
         return Target(model, _plain_items(model), None, 0, True)
-    groups = model.groups
+    parallel, name = around
+    groups = parallel.groups
     where = (groups.tp_rank, groups.dp_rank, groups.cp_rank)
-    items = _param_items(model) + _buffer_items(model)
-    return Target(model.module, items, groups, groups.pp_rank, where == (0, 0, 0))
+    items = _part_of(_param_items(parallel) + _buffer_items(parallel), name)
+    module = parallel.module.get_submodule(name)
+    return Target(module, items, groups, groups.pp_rank, where == (0, 0, 0))
+
+
+def _part_of(items: tuple[Item, ...], module: str) -> tuple[Item, ...]:
+    """Return what the submodule ``module`` has of ``items``, under the names in it."""
+    if not module:
+        return items
+    inside = f"{module}."
+    named = (
+        (item, tuple(n.removeprefix(inside) for n in item.names if n.startswith(inside)))
+        for item in items
+    )
+    return tuple(replace(item, names=names) for item, names in named if names)
 
 
 def _param_items(model: ParallelModel) -> tuple[Item, ...]:
