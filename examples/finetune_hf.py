@@ -37,7 +37,8 @@ class FineTune(L.LightningModule):
     def configure_model(self) -> None:
         if self.model is None:
             config = AutoConfig.from_pretrained(self.folder)
-            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            with self.trainer.init_module(empty_init=True):  # shapes: no rank holds all of it
+                self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             if (self.folder / "generation_config.json").is_file():
                 self.model.generation_config = GenerationConfig.from_pretrained(self.folder)
             nemo2.annotate(self.model)  # what is sharded is derived

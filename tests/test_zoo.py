@@ -132,6 +132,15 @@ def test_what_cannot_be_told_is_left_alone_and_said():
     assert "no other linear layer" in found["0.gate"][1]
 
 
+def test_a_part_of_a_model_can_be_annotated_alone():
+    holder = nn.ModuleDict({"model": nemo2.annotate(zoo.gpt2()), "head": nn.Linear(4, 4)})
+    plan = nemo2.plan(holder, "tp=2")
+    found = {name: why for name, _, why in plan.derived}
+    assert plan.param("model.transformer.h.0.mlp.c_fc.weight").tp_dim == 1
+    assert plan.blocks == ("model.transformer.h.0", "model.transformer.h.1")
+    assert "not taken for a vocabulary" in found["model.transformer.wpe"]
+
+
 def test_deriving_twice_changes_nothing():
     model = nemo2.annotate(zoo.gpt2())
     once = nemo2.plan(model, "tp=2")

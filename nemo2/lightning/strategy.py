@@ -172,8 +172,9 @@ class MegatronStrategy(ParallelStrategy):
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Build the model on the host: only this rank's part goes to the device."""
-        with self.precision_plugin.tensor_init_context():
+        """Build the model on the host, or with ``empty_init`` on meta: shapes without memory."""
+        shapes = torch.device("meta") if empty_init else nullcontext()
+        with shapes, self.precision_plugin.tensor_init_context():
             yield
 
     def setup(self, trainer: Trainer) -> None:

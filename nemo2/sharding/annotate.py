@@ -375,7 +375,11 @@ def collect(model: nn.Module) -> Annotations:
     lists = {n: m.__dict__[_BLOCKS] for n, m in model.named_modules() if m.__dict__.get(_BLOCKS)}
     given = [n for n, why in lists.items() if why is True]
     derived = [] if given else [(n, '"pp"', str(why)) for n, why in lists.items()]
-    left = model.__dict__.get(_LEFT, {})
+    left = {
+        f"{prefix}.{name}".strip("."): why
+        for prefix, module in model.named_modules()
+        for name, why in module.__dict__.get(_LEFT, {}).items()
+    }
     order = [n for n, _ in model.named_parameters()]
     return Annotations(
         {n: _given_first(marks[n]) for n in order},
