@@ -224,6 +224,7 @@ class Recorder(CallRecorder):
             for x in sub._parameters.values():
                 if x is not None and is_absent(x):
                     self._note_uses([x])
+                    self.full_uses.add(str(x.param))
 
     def trace(self, output: Any, complete: bool) -> Trace:
         """Return what was recorded; ``output`` is used after the last block."""

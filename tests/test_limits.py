@@ -167,14 +167,14 @@ class Chooses(nn.Module):
     def __init__(self, tuple_out=False):
         super().__init__()
         self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
-        self.tuple_out = tuple_out
+        self.tuple_out, self.gain = tuple_out, nn.Parameter(torch.ones(32))
 
     def forward(self, x):
         out = torch.zeros_like(x)
         choice = x.detach().sum(-1).mul(1e3).long() % 3
         for i, expert in enumerate(self.experts):
             rows = (choice == i).nonzero(as_tuple=True)
-            out[rows] = expert(x[rows])
+            out[rows] = expert(x[rows]) * self.gain
         return (out, choice) if self.tuple_out else out
 
 
@@ -183,6 +183,7 @@ class Mixture(GPT):
         super().__init__(4)
         for layer in self.layers:
             layer.up, layer.down = nn.Identity(), Chooses(tuple_out)
+            layer.norm2.weight = layer.down.gain  # also used on tokens that are split
             if tuple_out:
                 layer.down = nn.Sequential(layer.down, First())
 
