@@ -291,8 +291,8 @@ def _modules(step: StepPlan) -> str:
     groups: dict[tuple[str, str], int] = {}
     for name, action in step.programs.installed.items():
         how = {
-            "rowwise": "row-split, then all-reduce",
-            "embedding": "rows of the table here, then all-reduce",
+            "rowwise": "row-split, then summed over tp",
+            "embedding": "rows of the table here, then summed over tp",
         }
         key = (_family(name), how.get(action.kind, "column-split"))
         if action.kind != "dropout":

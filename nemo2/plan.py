@@ -170,7 +170,7 @@ def plan(
     resolved = Options.resolve(sizes, **options)
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     notes = collect(model).on(sizes.tp, shapes)
-    blocks = block_names(model, notes.blocks, sizes.pp)
+    blocks = block_names(model, notes.blocks, sizes)
     if resolved.pipeline.schedule == "interleaved":
         check_microbatches(resolved.pipeline.microbatches, sizes.pp)
     if resolved.remat is not None and not blocks:

@@ -160,7 +160,7 @@ class _Job:
     def run(self, mesh: DeviceMesh) -> Report:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = self.build().to(self.dtype)
+            model = _widest(self.build(), self.dtype)
         if self.rules is not None:
             annotate(model, self.rules)
         parallel = parallelize(model, mesh, **self.options)
@@ -235,6 +235,19 @@ def _widened() -> Iterator[None]:
             yield
     finally:
         checkpoint._checkpoint_without_reentrant_generator = original
+
+
+def _widest(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast a model; complex tensors stay complex (``Module.to`` drops their imaginary parts)."""
+    pairs = {torch.float64: torch.complex128, torch.float32: torch.complex64}
+
+    def cast(x: Tensor) -> Tensor:
+        if x.is_complex():
+            return x.to(pairs.get(dtype, x.dtype))
+        return x.to(dtype) if x.is_floating_point() else x
+
+    model._apply(cast)  # type: ignore[no-untyped-call]
+    return model
 
 
 def _cast(x: Any, dtype: torch.dtype, device: torch.device) -> Any:

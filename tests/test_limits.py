@@ -215,3 +215,85 @@ def attaching(device):
 def test_hooks_that_the_step_registers_stay(pool):
     for found, expected in pool.run(2, attaching, pool.device):
         assert found == pytest.approx(expected, rel=1e-6)
+
+
+class Containers(nn.Module):
+    """Blocks that are dictionaries of modules: nobody calls them."""
+
+    def __init__(self):
+        super().__init__()
+        parts = ({"norm": nn.LayerNorm(8), "up": nn.Linear(8, 16), "down": nn.Linear(16, 8)},) * 2
+        self.layers = nn.ModuleList(nn.ModuleDict(p) for p in parts)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer["down"](layer["up"](layer["norm"](x)).relu())
+        return x
+
+
+def square(model, x):
+    return model(x).square().mean()
+
+
+def test_containers_are_no_blocks(pool):
+    batch = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    assert nemo2.plan(nemo2.annotate(Containers()), "dp=2").blocks == ()
+    for mesh in ("dp=2", "tp=2"):
+        found = outcome(pool, annotated_containers, mesh, square, batch)
+        assert found == {"equal"}
+    marked = Containers()
+    nemo2.shard(marked.layers, "pp")
+    with pytest.raises(nemo2.PipelineError, match="its blocks are ModuleDict containers"):
+        nemo2.plan(marked, "dp=2")
+    nemo2.shard(marked.layers, None)
+    assert nemo2.plan(marked, "dp=2").blocks == ()
+
+
+def annotated_containers():
+    return nemo2.annotate(Containers())
+
+
+def test_several_lists_of_blocks_where_no_axis_needs_one(pool):
+    assert outcome(pool, two_lists, "tp=2", zoo.own_loss, zoo.lm(8)) == {"equal"}
+    assert outcome(pool, two_lists, "dp=2", zoo.own_loss, zoo.lm(8)) == {"equal"}
+    assert len(nemo2.plan(two_lists(), "dp=2").blocks) == 4
+    for mesh in ("pp=2", "cp=2"):
+        with pytest.raises(nemo2.PipelineError, match="several lists of blocks"):
+            nemo2.plan(two_lists(), mesh)
+
+
+def two_lists():
+    model = zoo.t5()
+    nemo2.shard(model.encoder.block, "pp")
+    nemo2.shard(model.decoder.block, "pp")
+    return nemo2.annotate(model)
+
+
+def penalty(model, x):
+    x = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    return slope.square().mean()
+
+
+def test_gradients_inside_of_a_step_are_refused(pool):
+    batch = torch.ones(4, 8)
+    (found,) = outcome(pool, annotated_containers, "tp=2", penalty, batch)
+    assert "torch.autograd inside of the step" in found
+    assert "test_limits.py" in found
+
+
+class Turns(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(2))
+        self.register_buffer("turn", torch.tensor([1j, 2j]))
+
+    def forward(self, x):
+        return (x * self.weight * self.turn).abs()
+
+
+def test_verify_keeps_complex_buffers():
+    report = nemo2.verify(Turns, torch.ones(4, 2), lambda m, x: m(x).mean(), "dp=1")
+    assert report.ok
+    assert report.loss.size > 0.1
+    assert all(row.size > 0.01 for row in report.gradients)

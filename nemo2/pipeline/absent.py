@@ -205,6 +205,12 @@ def absent_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     """
     name = name_of(func)
     first = args[0] if args else None
+    if func in (torch.autograd.grad, Tensor.backward):
+        raise NeedsValueError(
+            "torch.autograd inside of the step differentiates values that are not there when the"
+            f" step is planned{user_line()}\n"
+            "  options: a mesh of one device | a loss without gradients of gradients"
+        )
     if name in _VALUE_READS:
         raise NeedsValueError(
             f"'{name}' reads the value of a tensor that depends on parameters, and may be on"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import PipelineError
+from ..mesh.sizes import MeshSizes
 from ..options import Pipeline
 from ..sharding.layout import local_shape
 from ..trace import Trace
@@ -52,23 +53,42 @@ class Crossing:
     requires_grad: bool
 
 
-def block_names(model: nn.Module, lists: Sequence[str], pp: int) -> tuple[str, ...]:
-    """Return the names of the pipeline blocks of ``model``, in list order."""
-    if not lists:
-        if pp > 1:
-            raise PipelineError(
-                f"cannot split the model over pp={pp} stages: no list of blocks is annotated\n"
-                '  options: shard(self.layers, "pp") on the ModuleList of blocks | pp=1'
-            )
-        return ()
-    if len(lists) > 1:
+def block_names(model: nn.Module, lists: Sequence[str], sizes: MeshSizes) -> tuple[str, ...]:
+    """Return the names of the blocks of ``model``, in list order.
+
+    Raises: PipelineError for several lists, which only meshes without pp and cp take; for blocks
+        that are containers, which nobody calls; and on pp > 1 when there are none.
+    """
+    if not lists and sizes.pp > 1:
+        raise PipelineError(
+            f"cannot split the model over pp={sizes.pp} stages: no list of blocks is annotated\n"
+            '  options: shard(self.layers, "pp") on the ModuleList of blocks | pp=1'
+        )
+    nested = any(f"{a}.".startswith(f"{b}.") for a in lists for b in lists if a != b)
+    if len(lists) > 1 and (sizes.pp * sizes.cp > 1 or nested or "" in lists):
         raise PipelineError(
             f'several lists of blocks are annotated "pp": {", ".join(lists)}\n'
-            "  options: annotate one of them (the others then run on the stage of their neighbours)"
+            "  options: annotate one of them (what is called before the first of its blocks, or"
+            " after the last, runs with it) | shard(the_other, None) | pp=1 and cp=1"
         )
-    container = model.get_submodule(lists[0])
-    prefix = f"{lists[0]}." if lists[0] else ""
-    return tuple(prefix + name for name, _ in container.named_children())
+    blocks = []
+    for prefix in lists:
+        for name, block in model.get_submodule(prefix).named_children():
+            if not is_called(block):
+                raise PipelineError(
+                    f"'{prefix}' is annotated \"pp\", and its blocks are {type(block).__name__}"
+                    " containers, which have no forward and are never called\n"
+                    "  options: make a block a module with a forward of its own"
+                )
+            blocks.append(f"{prefix}.{name}" if prefix else name)
+    return tuple(blocks)
+
+
+def is_called(module: nn.Module) -> bool:
+    """Say whether a module has a forward; containers have none."""
+    return not isinstance(
+        module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+    )
 
 
 def split_blocks(costs: Sequence[int], pp: int, pipeline: Pipeline) -> tuple[StagePlan, ...]:

@@ -93,7 +93,8 @@ def shard(
             of blocks, or, inside a forward, an activation.
         axis: ``"tp"`` splits dim ``dim`` into equal parts over the tensor-parallel axis;
             ``"dp"`` picks the dim that FSDP splits; ``"pp"`` (lists of blocks only) splits
-            the blocks over pipeline stages; ``None`` says replicated.
+            the blocks over pipeline stages; ``None`` says replicated, and takes ``"pp"`` back
+            from a list of blocks.
         dim: tensor dim, negative counts from the end.
         parts: sizes of the parts of a fused projection along ``dim``, each split alone.
 
@@ -145,6 +146,9 @@ def add_mark(param: nn.Parameter, mark: Mark) -> None:
 
 
 def _shard_blocks(module: nn.Module, axis: str | None) -> nn.Module:
+    if axis is None:
+        module.__dict__.pop(_BLOCKS, None)
+        return module
     if axis != "pp":
         raise ShardingError(
             f'shard(module, {axis!r}): a module can only be split over "pp";'

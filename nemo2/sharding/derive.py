@@ -101,7 +101,8 @@ def _is_block_list(module: nn.Module) -> bool:
     first = type(module[0])
     with_parameters = next(module[0].parameters(), None) is not None
     composed = next(module[0].children(), None) is not None
-    return with_parameters and composed and all(type(child) is first for child in module)
+    called = not isinstance(module[0], (nn.ModuleList, nn.ModuleDict))
+    return with_parameters and composed and called and all(type(c) is first for c in module)
 
 
 def _blocks(model: nn.Module) -> tuple[str, str] | None:
