@@ -96,6 +96,8 @@ def main(given: Sequence[str] | None = None) -> L.Trainer:
     warnings.filterwarnings("ignore", message=".*LeafSpec")  # lightning 2.6 under torch 2.13
     L.seed_everything(0, verbose=False)
     sizes, gpus = nemo2.mesh.MeshSizes.of(args.mesh), torch.cuda.device_count()
+    if args.batch % sizes.dp:
+        raise SystemExit(f"--batch {args.batch} does not divide by dp={sizes.dp}")
     tokenizer = tokenizer_of(args.model)
     tokens = tokens_of(args.text, tokenizer, args.model)
     if len(tokens) <= args.length:

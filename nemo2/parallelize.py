@@ -61,7 +61,7 @@ def parallelize(
 
     planned = plan(model, mesh, data_parallel=data_parallel, pipeline=pipeline, **options)
     groups = MeshGroups.of(mesh)
-    check_same_everywhere(planned, groups)
+    check_same_everywhere(planned, model, groups)
     seed = _seed(groups)
     source = Source(model, groups, seed)
     module = model if inplace else _copy_without_parameters(model)

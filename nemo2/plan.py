@@ -329,6 +329,7 @@ def plan_step(
     setting = replace(setting, by_module=split)
     check_limits(plan, trace)
     randomness = key_dropout(trace, batch, lambda given: record(Setting(), given))
+    randomness = replace(randomness, own=(*randomness.own, *trace.notes.draws))
     boundaries = crossings(trace, plan.stages)
     captured = {c.key for b in boundaries for c in b}
     mixed = [n for n in trace.partial_uses if n in trace.full_uses]

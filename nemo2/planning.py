@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import PipelineError
+from .errors import Nemo2Error, PipelineError
 from .pipeline.absent import Absent, NeedsValueError, to_meta
 from .places import Place
 from .record import Recorder
@@ -102,6 +102,10 @@ def run_step(step: Callable[[], Any], recorder: Recorder) -> Trace:
             if recorder.axes or not recorder.after_blocks() or not recorder.block_index:
                 raise
             complete = False
+        except Exception as error:
+            if recorder.notes.closed and not isinstance(error, Nemo2Error):
+                raise _assumed_wrongly(recorder.notes.closed, error) from error
+            raise
     if recorder.block_index and recorder.position != len(recorder.block_index) - 1:
         missing = [n for n, i in recorder.block_index.items() if i > recorder.position]
         raise PipelineError(
@@ -110,3 +114,13 @@ def run_step(step: Callable[[], Any], recorder: Recorder) -> Trace:
             "  options: call every block once a step (no random skipping)"
         )
     return recorder.trace(output, complete)
+
+
+def _assumed_wrongly(closed: Sequence[str], error: Exception) -> PipelineError:
+    names = ", ".join(f"'{name}'" for name in dict.fromkeys(closed))
+    return PipelineError(
+        f"the code of {names} reads values, is not planned, and was taken to return"
+        f" one tensor like its first input; then: {type(error).__name__}: {error}\n"
+        "  options: put the part that reads values into a module of its own that returns one"
+        " tensor like its input | write it without reading values"
+    )

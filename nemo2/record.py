@@ -34,8 +34,6 @@ from .trace import (
     identity,
 )
 
-_SCALAR_READS = {"item": 1.0, "__float__": 1.0, "tolist": 1.0}
-
 
 class Recorder(CallRecorder):
     """Watch all torch calls and all module calls of one planning run."""
@@ -64,6 +62,7 @@ class Recorder(CallRecorder):
             if not self._closed(activation, module):
                 raise
             with suspended():
+                self._forget(activation, module, start)
                 out = self._assume(activation, module, args, kwargs)
         finally:
             while self.stack.pop() is not activation:
@@ -211,10 +210,26 @@ class Recorder(CallRecorder):
         out = Absent.like(shape, like.meta.dtype, like.home)
         self._born(out, ("call", -1, 0), WHOLE)
         self._use_all(module)
-        activation.items.clear()
         activation.entries = (*activation.entries, *_gathered(leaves))
-        activation.closed, self.numbers = shape, activation.first
+        activation.closed = shape, like.meta.dtype
+        self.notes.closed.append(activation.module)
         return out
+
+    def _forget(self, activation: Activation, module: nn.Module, start: int) -> None:
+        """Forget what code did before it read a value: all of it runs unplanned."""
+        drops = any(isinstance(m, _DROPOUTS) and m.p and m.training for m in module.modules())
+        if drops or any(e.draws for a in activation.walk() for e in a.events()):
+            why = "its code reads values, and is not planned"
+            self.notes.draws.append((activation.module, "dropout", why))
+        for inner in activation.walk():
+            if inner is not activation:
+                self.ordinals[inner.module] -= 1
+        for uses in self.partial_uses.values():
+            uses[:] = [use for use in uses if use[0] < activation.first]
+        self.partial_uses = {name: uses for name, uses in self.partial_uses.items() if uses}
+        self.values = {key: value for key, value in self.values.items() if value.number < start}
+        activation.items.clear()
+        self.numbers = activation.first
 
     def _whole_shape(self, activation: Activation, like: Absent) -> tuple[int, ...]:
         return tuple(like.meta.shape)

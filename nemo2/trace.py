@@ -85,8 +85,8 @@ class Activation:
         entries, exits: what nemo2 does to some of them on the way in and out.
         depth: how many custom autograd functions were running.
         first: number of the first torch call in it.
-        closed: the shape of what it is assumed to return, where its code reads values and is
-            not planned.
+        closed: shape and dtype of what it is assumed to return, where its code reads values and
+            is not planned.
     """
 
     module: str
@@ -101,7 +101,7 @@ class Activation:
     exits: tuple[Entry, ...] = ()
     depth: int = 0
     first: int = 0
-    closed: tuple[int, ...] | None = None
+    closed: tuple[tuple[int, ...], torch.dtype] | None = None
 
     def events(self) -> Iterator[Event]:
         return (x for x in self.items if isinstance(x, Event))
@@ -151,11 +151,15 @@ class Notes:
         escaped: values that left a block without being returned: block, where it was used, line.
         reentrant: blocks called in a reentrant activation checkpoint.
         router_logits: whether a mixture of experts was asked for what its auxiliary loss needs.
+        closed: modules whose code reads values and is not planned.
+        draws: what those draw at random: module, call, why it is not keyed.
     """
 
     escaped: set[tuple[int, int, str]] = field(default_factory=set)
     reentrant: set[int] = field(default_factory=set)
     router_logits: bool = False
+    closed: list[str] = field(default_factory=list)
+    draws: list[tuple[str, str, str]] = field(default_factory=list)
 
 
 @dataclass

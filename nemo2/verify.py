@@ -170,11 +170,16 @@ class _Job:
         alone = copy.deepcopy(model).to(home)
         low = parallel.plan.options.precision is not None
         rtol = self.rtol or (5e-2 if low else _RTOL.get(self.dtype, 1e-2))
-        with _widened() if self.dtype is torch.float64 else nullcontext():
-            report = compare(parallel, alone, whole, self.loss_fn, rtol)
-            if not report.loss.ok and not report.note:
-                return self._explain_mean(report, parallel, model.to(home), whole)
+        with _widened_again() if self.dtype is torch.float64 else nullcontext():
+            report = compare(parallel, alone, whole, self._loss_fn, rtol)
+        if not report.loss.ok and not report.note:
+            return self._explain_mean(report, parallel, model.to(home), whole)
         return report
+
+    def _loss_fn(self, model: nn.Module, batch: Any) -> Any:
+        """Call the user's loss; what nemo2 itself casts is not widened, and would be seen."""
+        with _Wide() if self.dtype is torch.float64 else nullcontext():
+            return self.loss_fn(model, batch)
 
     def _explain_mean(
         self, report: Report, parallel: ParallelModel, alone: nn.Module, whole: Any
@@ -185,7 +190,7 @@ class _Job:
                 whole, parallel.plan.sizes.dp * parallel.plan.options.pipeline.microbatches
             )
             low = _lowered(alone, parallel.plan.options)
-            values = [self.loss_fn(low, tree_map(parallel.plan.options.cast, p)) for p in parts]
+            values = [self._loss_fn(low, tree_map(parallel.plan.options.cast, p)) for p in parts]
         if any(isinstance(v, tuple) for v in values):
             return report
         mean = torch.stack([v.double() for v in values]).mean().item()
@@ -218,8 +223,8 @@ class _Wide(TorchFunctionMode):
 
 
 @contextmanager
-def _widened() -> Iterator[None]:
-    """Run under ``_Wide``, and what activation checkpoints run again, which torch does without."""
+def _widened_again() -> Iterator[None]:
+    """Run under ``_Wide`` what activation checkpoints run again, which torch does without modes."""
     original = checkpoint._checkpoint_without_reentrant_generator
 
     def generator(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -231,8 +236,7 @@ def _widened() -> Iterator[None]:
 
     checkpoint._checkpoint_without_reentrant_generator = generator
     try:
-        with _Wide():
-            yield
+        yield
     finally:
         checkpoint._checkpoint_without_reentrant_generator = original
 

@@ -297,3 +297,66 @@ def test_verify_keeps_complex_buffers():
     assert report.ok
     assert report.loss.size > 0.1
     assert all(row.size > 0.01 for row in report.gradients)
+
+
+class Scaled(Chooses):
+    """Uses a parameter before it reads a value, and after."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.norm = nn.Parameter(torch.full((32,), 1.5)), nn.LayerNorm(32)
+
+    def forward(self, x):
+        return super().forward(self.norm(x) * self.scale) * self.scale
+
+
+class Drops(Chooses):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(super().forward(x))
+
+
+class Keeps(Chooses):
+    def forward(self, x):
+        out = super().forward(x)
+        self.loss = out.square().mean()
+        return out
+
+
+class Widens(Chooses):
+    def forward(self, x):
+        return super().forward(x).to(torch.complex128)
+
+
+class Mixed(GPT):
+    def __init__(self, kind):
+        super().__init__(4)
+        for layer in self.layers:
+            layer.up, layer.down = nn.Identity(), kind()
+
+
+def test_what_code_does_before_it_reads_is_forgotten(pool):
+    for mesh in ("tp=2", "pp=2"):
+        assert outcome(pool, partial(Mixed, Scaled), mesh, microbatches=2) == {"equal"}
+
+
+def test_dropout_in_code_that_reads_values_is_listed():
+    model = Mixed(Drops)
+    for mesh in ("tp=2", "pp=2"):
+        plan = nemo2.plan(model, mesh, step=next_token, batch=token_ids(4))
+        assert "its code reads values, and is not planned" in str(plan)
+    model.eval()
+    plan = nemo2.plan(model, "tp=2", step=next_token, batch=token_ids(4))
+    assert plan.step.randomness.own == ()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(Keeps, "keeps one with a gradient in its attribute 'loss'"), (Widens, "it returns")],
+)
+def test_what_such_code_may_not_do(pool, kind, message):
+    (found,) = outcome(pool, partial(Mixed, kind), "tp=2")
+    assert message in found

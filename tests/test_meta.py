@@ -206,6 +206,15 @@ class Direct(nn.Module):
         nn.init.normal_(self.inner.weight, std=0.1)
 
 
+class Replaced(nn.Module):
+    """Its constructor takes another parameter for one that was filled."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.norm = nn.Linear(2, 2), nn.LayerNorm(2)
+        self.inner.weight = nn.Parameter(torch.zeros(2, 2))
+
+
 class Truncated(nn.Module):
     def __init__(self):
         super().__init__()
@@ -261,6 +270,7 @@ def clip():
     ("build", "message"),
     [
         (Direct, r"'inner.weight' has been written 2 times .* reset_parameters of its modules"),
+        (Replaced, r"'inner.weight' has been written 0 times"),
         (functools.partial(Applied, "scaled"), r"'layers.0.weight' has been written 3 times"),
         (Truncated, r"calls trunc_normal_, which leaves no trace"),
         (Lost, r"attribute 'scale' of Lost is a tensor on meta, and no buffer"),
@@ -291,6 +301,21 @@ def failing(device):
     except nemo2.Nemo2Error as error:
         return str(error)
     return "accepted"
+
+
+def half_on_meta(device):
+    mesh = nemo2.make_mesh(dp=2, device=device)
+    rank = torch.distributed.get_rank()
+    model = nn.Linear(2, 2, device="meta" if rank else "cpu")
+    try:
+        nemo2.parallelize(model, mesh)
+    except nemo2.Nemo2Error as error:
+        return str(error)
+    return "accepted"
+
+
+def test_all_ranks_are_on_meta_or_none(pool):
+    assert all("on meta or not, on every rank" in x for x in pool.run(2, half_on_meta, pool.device))
 
 
 class Half(nn.Linear):

@@ -102,6 +102,16 @@ def test_the_users_own_annotations_win():
         assert "lm_head.weight" not in found
 
 
+@pytest.mark.parametrize("late", [True, False])
+def test_a_users_annotation_that_says_the_same_is_the_users(late):
+    model = zoo.causal("Llama", vocab_size=97)
+    if late:
+        nemo2.annotate(model)
+    shard(model.lm_head.weight, "tp", dim=0)
+    with pytest.raises(nemo2.ShardingError, match="97 % 4 = 1"):
+        nemo2.plan(nemo2.annotate(model), "tp=4")
+
+
 def test_the_users_own_list_of_blocks_wins():
     model = zoo.t5()
     shard(model.encoder.block, "pp")

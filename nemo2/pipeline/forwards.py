@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _len_torch_function_stack
@@ -51,11 +52,11 @@ def edged_forward(
     entries: Sequence[Entry],
     exits: Sequence[Entry],
     axes: Axes,
-    closed: tuple[int, ...] | None = None,
+    closed: tuple[tuple[int, ...], torch.dtype] | None = None,
 ) -> Callable[..., Any]:
     """Return a forward that changes the layout of what the module gets and returns.
 
-    ``closed``: the shape that it must return, where its code was not planned.
+    ``closed``: the shape and dtype that it must return, where its code was not planned.
     """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -70,15 +71,25 @@ def edged_forward(
     return forward
 
 
-def _check_closed(module: nn.Module, out: Any, shape: tuple[int, ...]) -> None:
-    found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-    if found != shape:
+def _check_closed(module: nn.Module, out: Any, planned: tuple[Any, torch.dtype]) -> None:
+    """Raise when code that was not planned does what the plan could not know."""
+    found = (tuple(out.shape), out.dtype) if isinstance(out, Tensor) else type(out).__name__
+    if found != planned:
         raise PipelineError(
             f"{type(module).__name__} reads values, so what it returns was taken to be one tensor"
-            f" of the shape of its first input, {shape}; it returns {found}\n"
+            f" like its first input, {planned}; it returns {found}\n"
             "  options: put the part that reads values into a module of its own that returns one"
             " tensor like its input | write it without reading values"
         )
+    for owner in module.modules():
+        for name, x in owner.__dict__.items():
+            kept = x if isinstance(x, (list, tuple)) else (x,)
+            if any(isinstance(y, Tensor) and y.grad_fn is not None for y in kept):
+                raise PipelineError(
+                    f"{type(owner).__name__} reads values, and keeps one with a gradient in its"
+                    f" attribute '{name}', which the plan could not see\n"
+                    "  options: write it without reading values | keep x.detach()"
+                )
 
 
 def plain_forward(

@@ -373,7 +373,7 @@ class Emulate(Watcher):
             return func(*args, **kwargs)
         number = self.count
         self.count += 1
-        if number >= len(self.script.calls) or self.script.calls[number] != name_of(func):
+        if number >= len(self.script.calls) or not _alike(self.script.calls[number], name_of(func)):
             raise self._other_path(number, name_of(func))
         action = self.script.actions.get(number)
         out = func(*args, **kwargs) if action is None else self._act(action, func, args, kwargs)
@@ -404,6 +404,13 @@ class Emulate(Watcher):
                 count(action.value)
             return func(*args, **kwargs)
         return run_action(action, self.axes, func, args, kwargs)
+
+
+_CASTS = ("float", "double", "half", "bfloat16")  # verify turns some into others
+
+
+def _alike(planned: str, name: str) -> bool:
+    return planned == name or (planned in _CASTS and name in _CASTS)
 
 
 class Keyed(Emulate):

@@ -137,12 +137,21 @@ def constrain(x: Tensor, dim: int | None) -> Tensor:
 
 def add_mark(param: nn.Parameter, mark: Mark) -> None:
     marks = (*_marks.get(param, ()), mark)
-    marks = tuple(dict.fromkeys(marks))
+    marks = _distinct(marks)
     _marks[param] = marks
     for ref, name in _owners.get(param, ()):
         module = ref()
         if module is not None and module._parameters.get(name) is param:
             _write(module, name, marks)
+
+
+def _distinct(marks: tuple[Mark, ...]) -> tuple[Mark, ...]:
+    """Leave out marks that say the same; one that the user gave stands before a derived one."""
+    found: dict[Mark, Mark] = {}
+    for mark in marks:
+        if mark not in found or not mark.why:
+            found[mark] = mark
+    return tuple(found.values())
 
 
 def _shard_blocks(module: nn.Module, axis: str | None) -> nn.Module:
@@ -372,7 +381,7 @@ def collect(model: nn.Module) -> Annotations:
             name = f"{prefix}.{leaf}" if prefix else leaf
             canonical = first.setdefault(id(param), name)
             own = module.__dict__.get(_MARKS, {}).get(leaf) or _marks.get(param, ())
-            marks[canonical] = tuple(dict.fromkeys((*marks.get(canonical, ()), *own)))
+            marks[canonical] = _distinct((*marks.get(canonical, ()), *own))
             names = aliases.setdefault(canonical, [])
             if name != canonical and name not in names:
                 names.append(name)

@@ -154,12 +154,14 @@ class Initial:
     def _explain(self, unknown: dict[str, _Unknown], applies: bool) -> list[str]:
         """Find what the constructor has run by how often it has written each tensor.
 
-        Counts of a copied model start at 0, so what came before the copy may be missing.
+        Counts of copied modules start at 0, so what came before the copy may be missing. So does
+        that of a parameter that was replaced: one alone is not taken for a copy.
         """
         ways = [(True, False), (False, False), (True, True)] if applies else [(False, True)]
         best: dict[str, Origin | None] = {}
         for init, copied in ways:
-            found = {n: self._match(x, init, copied) for n, x in unknown.items()}
+            copies = _copies(unknown) if copied else frozenset()
+            found = {n: self._match(x, init, n in copies) for n, x in unknown.items()}
             if None not in found.values():
                 self._origins.update({n: o for n, o in found.items() if o is not None})
                 return []
@@ -317,6 +319,18 @@ def _first_holder(x: Tensor, modules: Mapping[str, nn.Module]) -> Spot | None:
     for ref, leaf in _owners.get(x, ()):
         return next(((n, leaf) for n, m in modules.items() if m is ref()), None)
     return None
+
+
+def _copies(unknown: Mapping[str, _Unknown]) -> frozenset[str]:
+    """Return the tensors of modules of several parts that were copied: no tensor was written."""
+    found: set[str] = set()
+    prefixes = {name[:i] for name in unknown for i, letter in enumerate(name) if letter == "."}
+    for prefix in {"", *(f"{p}." for p in prefixes)}:
+        under = [n for n in unknown if n.startswith(prefix)]
+        composed = any("." in n.removeprefix(prefix) for n in under)
+        if composed and len(under) > 1 and all(unknown[n].version == 0 for n in under):
+            found.update(under)
+    return frozenset(found)
 
 
 def _version(x: Tensor) -> int:

@@ -89,7 +89,7 @@ class Prover(Recorder):
             for event in activation.events():
                 self.expected[event.number] = (activation, event)
         self.closed = {
-            (a.module, a.ordinal): a.closed for a in trace.root.walk() if a.closed is not None
+            (a.module, a.ordinal): a.closed[0] for a in trace.root.walk() if a.closed is not None
         }
         self.culprit: list[Activation] = []
 

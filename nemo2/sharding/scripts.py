@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ..errors import ShardingError
 from ..trace import Activation, Entry, Trace
 from .actions import Action, Script
@@ -21,7 +23,7 @@ class Programs:
         quiet: modules called from an emulated one that run outside of its script.
         proved: modules whose own code was shown to compute the right local sizes.
         entries, exits: modules with the changes of layout of what they get and return.
-        closed: modules whose code is not planned, with the shape of what they are to return.
+        closed: modules whose code is not planned: shape and dtype of what they are to return.
     """
 
     installed: Mapping[str, Action]
@@ -30,7 +32,7 @@ class Programs:
     proved: tuple[str, ...] = ()
     entries: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
     exits: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
-    closed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    closed: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
 
 
 def installable(activation: Activation) -> Action | None:
@@ -81,6 +83,12 @@ def programs(trace: Trace, emulated: set[str], captured: set[tuple[object, ...]]
     entries = {a.module: a.entries for a in activations if a.entries}
     exits = {a.module: a.exits for a in activations if a.exits}
     closed = {a.module: a.closed for a in activations if a.closed is not None}
+    for a in activations:
+        if a.module in closed and (a.closed, a.entries) != (
+            closed[a.module],
+            entries.get(a.module, ()),
+        ):
+            raise _conflict(a.module)
     return Programs(installed, scripts, frozenset(quiet), (), entries, exits, closed)
 
 

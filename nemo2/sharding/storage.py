@@ -146,14 +146,16 @@ def storage_mesh(groups: MeshGroups, data: DeviceMesh) -> DeviceMesh:
     )
 
 
-def check_same_everywhere(plan: Plan, groups: MeshGroups) -> None:
+def check_same_everywhere(plan: Plan, model: nn.Module, groups: MeshGroups) -> None:
     """Raise on all ranks alike when the ranks do not hold the same model and options.
 
     Communication: one all-gather of 32 bytes a rank over the world.
     """
     if groups.sizes.world == 1:
         return
-    text = repr((plan.sizes, plan.options, plan.params, plan.blocks, plan.stages))
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    on_meta = [name for name, x in tensors if x.is_meta]
+    text = repr((plan.sizes, plan.options, plan.params, plan.blocks, plan.stages, on_meta))
     digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
     digest = digest.to(groups.device)
     everyone = digest.new_empty((groups.sizes.world * digest.numel(),))
@@ -164,7 +166,8 @@ def check_same_everywhere(plan: Plan, groups: MeshGroups) -> None:
         raise Nemo2Error(
             "parallelize got different models or options on different ranks:"
             f" ranks {odd} differ from rank 0\n"
-            "  options: build the same model with the same annotations and options on every rank"
+            "  options: build the same model with the same annotations and options, on meta or not,"
+            " on every rank"
         )
 
 
