@@ -108,6 +108,7 @@ def wrong_half(x, dim, axis):
     return TAKE(x, dim, dataclasses.replace(axis, rank=0))
 
 
+SUM_TOGETHER = reduce.all_reduce_together
 ALL_REDUCE, TP_PART, SCALE = collectives.all_reduce, materialise._tp_part, reduce.scale_gradients
 TAKE, WHOLE = collectives.take, {"sequence_parallel": False}
 
