@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import nemo2
-from nemo2.verify import _widened
+from nemo2.verify import _Wide
 from tests.lightning_programs import Record, ignore_upstream_warnings
 from tests.zoo import VOCAB, causal, token_ids
 
@@ -50,7 +50,7 @@ def run(start: Path, save: Path, *options: str, wide: bool = False) -> dict[str,
 
     def widened(*args: Any) -> torch.Tensor:
         """Compute in float64 throughout: transformers takes norms and losses to float32."""
-        with _widened():
+        with _Wide():
             return step(*args)
 
     with mock.patch.object(nemo2.MegatronStrategy, "training_step", widened if wide else step):
