@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ..pipeline.stages import is_called
 from .annotate import Mark
 
 # Names of fused projections whose parts lie one after the other, by their kind.
@@ -101,8 +102,12 @@ def _is_block_list(module: nn.Module) -> bool:
     first = type(module[0])
     with_parameters = next(module[0].parameters(), None) is not None
     composed = next(module[0].children(), None) is not None
-    called = not isinstance(module[0], (nn.ModuleList, nn.ModuleDict))
-    return with_parameters and composed and called and all(type(c) is first for c in module)
+    return (
+        with_parameters
+        and composed
+        and is_called(module[0])
+        and all(type(c) is first for c in module)
+    )
 
 
 def _blocks(model: nn.Module) -> tuple[str, str] | None:
@@ -332,7 +337,7 @@ def _token_table(model: nn.Module) -> nn.Module | None:
 
 
 def _shipped(model: nn.Module, found: Derived) -> None:
-    """Add what the model's own plan splits and the structure did not find; name both as reasons."""
+    """Add what the model's own plan splits and the structure did not find."""
     shipped = getattr(model, "_tp_plan", None)
     if not isinstance(shipped, Mapping):
         return
@@ -343,9 +348,5 @@ def _shipped(model: nn.Module, found: Derived) -> None:
             if linear is None or style not in (*_COLUMN, *_ROW):
                 continue
             why = f"{_SHIPPED} ({style})"
-            wanted = linear.column(why) if style in _COLUMN else linear.row(why)
-            for param, mark in wanted.items():
-                known = found.marks.get(param)
-                if known is None:
-                    found.marks[param] = mark
+            found.add(linear.column(why) if style in _COLUMN else linear.row(why))
             found.left.pop(name, None)
