@@ -1,8 +1,7 @@
 """Fine-tune a causal language model of transformers on a text file, on any mesh.
 
-``finetune_hf.py --model FOLDER --text FILE --mesh pp=2,tp=2 --save TUNED``: then transformers
-opens ``TUNED``, which has the curve in ``log``. The model is transformers' own, unmodified, and the
-LightningModule knows nothing of the mesh. Without a tokenizer in ``FOLDER`` it trains on bytes.
+``finetune_hf.py --model FOLDER --text FILE --mesh pp=2,tp=2 --save TUNED``: transformers then opens
+``TUNED``, which has the curve in ``log``. Without a tokenizer in ``FOLDER`` it trains on bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from text import Windows
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
@@ -54,16 +54,14 @@ class FineTune(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, object]:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.95), fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda i: min((i + 1) / self.warmup, 1)
-        )
+        schedule = LambdaLR(optimizer, lambda i: min((i + 1) / self.warmup, 1))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:
     """Return the folder's tokenizer, or None when it has none."""
-    has_one = [*folder.glob("tokenizer*"), *folder.glob("vocab*")]
-    return AutoTokenizer.from_pretrained(folder) if has_one else None
+    files = [*folder.glob("tokenizer*"), *folder.glob("vocab*")]
+    return AutoTokenizer.from_pretrained(folder) if files else None
 
 
 def tokens_of(file: Path, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> Tensor:
