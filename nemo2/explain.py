@@ -25,8 +25,22 @@ def explain(model_or_plan: ParallelModel | Plan) -> str:
     >>> print(nemo2.explain(nemo2.plan(torch.nn.Linear(4, 8), "dp=2")).splitlines()[0])
     mesh pp=1 dp=2 cp=1 tp=1 (2 ranks), data_parallel=fsdp, microbatches=1, schedule=1f1b
     """
-    plan = model_or_plan if isinstance(model_or_plan, Plan) else model_or_plan.plan
-    return tables(plan)
+    if isinstance(model_or_plan, Plan):
+        return tables(model_or_plan)
+    return "\n\n".join([tables(model_or_plan.plan), *_compiled(model_or_plan)])
+
+
+def _compiled(model: ParallelModel) -> list[str]:
+    """Return how this rank's blocks run, when they are to be compiled."""
+    blocks = model.runner.compiled
+    if not blocks:
+        return []
+    states: dict[tuple[str, str], int] = {}
+    for name, block in blocks.items():
+        key = _family(name), block.state
+        states[key] = states.get(key, 0) + 1
+    rows = [(name, count, state) for (name, state), count in states.items()]
+    return [table("compiled blocks of this rank", ("blocks", "count", "how they run"), rows)]
 
 
 def tables(plan: Plan) -> str:
@@ -43,6 +57,8 @@ def tables(plan: Plan) -> str:
         head += f", precision={options.precision}"
     if options.remat is not None:
         head += f", remat={options.remat}"
+    if options.compile is not None:
+        head += f", compile={options.compile}"
     parts = [
         head,
         "weights and buffers: copied from the first rank of the mesh; those on meta are drawn by"

@@ -322,7 +322,8 @@ class ParallelModel(nn.Module):
                 made = None
             self._step_plans[full] = made, may_skip
             while len(self._step_plans) > 64:
-                self._step_plans.popitem(last=False)
+                _, (old, _) = self._step_plans.popitem(last=False)
+                self.runner.forget_compiled(old)
         return self._step_plans[full]
 
     def _plan_step(self, step: Step, batch: Any, alone: bool) -> tuple[StepPlan | None, bool]:

@@ -126,6 +126,9 @@ class Options:
         remat: ``"full"`` keeps the inputs of each block of the list annotated with ``"pp"``, and
             runs the block again in backward. ``"selective"`` keeps the results of its matrix
             products, too, and so repeats attention and elementwise work.
+        compile: what compiles the blocks of the list annotated with ``"pp"``: ``"inductor"``
+            (asked for by ``compile=True``), ``"aot_eager"``, which runs a block's graph as it is,
+            to look for errors; or None.
     """
 
     data_parallel: DataParallel = DataParallel()
@@ -134,6 +137,7 @@ class Options:
     sequence_parallel: bool | None = None
     precision: str | None = None
     remat: str | None = None
+    compile: str | None = None
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype in which a run computes with what is held, or given, as ``dtype``."""
@@ -153,12 +157,12 @@ class Options:
         sequence_parallel: bool | None = None,
         precision: str | None = None,
         remat: str | None = None,
+        compile: bool | str = False,
         **others: Any,
     ) -> Options:
         """Check the options of ``parallelize`` for ``sizes``.
 
-        Raises: Nemo2Error listing every option that is unknown or not built yet, each with
-            what works instead.
+        Raises: Nemo2Error listing every option that is unknown, each with what works instead.
         """
         dp = DataParallel(data_parallel) if isinstance(data_parallel, str) else data_parallel
         cp = (
@@ -167,15 +171,11 @@ class Options:
             else context_parallel
         )
         problems = _unknown(cp, pipeline, others) + _data_parallel(sizes, dp)
-        problems += _memory(precision, remat) + _not_built(others)
+        problems += _memory(precision, remat) + _compile(compile)
         if problems:
             raise Nemo2Error("parallelize:\n" + "\n".join(f"  {p}" for p in problems))
-        return Options(dp, pipeline, cp, sequence_parallel, precision, remat)
-
-
-_LATER = {
-    "compile": (False, False, "use False"),
-}
+        backend = "inductor" if compile is True else compile or None
+        return Options(dp, pipeline, cp, sequence_parallel, precision, remat, backend)
 
 
 _KNOWN = (
@@ -185,16 +185,12 @@ _KNOWN = (
     "sequence_parallel",
     "precision",
     "remat",
-    *_LATER,
+    "compile",
 )
 
 
 def _unknown(cp: ContextParallel, pipeline: Pipeline, others: dict[str, Any]) -> list[str]:
-    problems = [
-        f"unknown option {name!r}; options: {', '.join(_KNOWN)}"
-        for name in others
-        if name not in _LATER
-    ]
+    problems = [f"unknown option {name!r}; options: {', '.join(_KNOWN)}" for name in others]
     if cp.method not in ("ring", "all_gather", "ulysses"):
         problems.append(
             f"context_parallel={cp.method!r} is unknown; methods: ring, all_gather, ulysses"
@@ -214,6 +210,15 @@ def _memory(precision: Any, remat: Any) -> list[str]:
     if remat not in (None, "full", "selective"):
         problems.append(f"remat={remat!r} is unknown; kinds: 'full', 'selective', None")
     return problems
+
+
+def _compile(compile: Any) -> list[str]:
+    if compile in (True, False, None, "inductor", "aot_eager"):
+        return []
+    return [
+        f"compile={compile!r} is unknown; True ('inductor'), 'aot_eager' (a block's graph as it"
+        " is, without a compiler), False"
+    ]
 
 
 def _data_parallel(sizes: MeshSizes, dp: DataParallel) -> list[str]:
@@ -244,12 +249,4 @@ def _data_parallel(sizes: MeshSizes, dp: DataParallel) -> list[str]:
             "DataParallel('zero1', reshard=True): 'zero1' keeps parameters whole during a step;"
             " use 'fsdp' to free them"
         )
-    return problems
-
-
-def _not_built(others: dict[str, Any]) -> list[str]:
-    problems = []
-    for name, (default, also, works) in _LATER.items():
-        if others.get(name, default) not in (default, also):
-            problems.append(f"{name}={others[name]!r} is not built yet: {works}")
     return problems

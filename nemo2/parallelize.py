@@ -47,7 +47,7 @@ def parallelize(
         pipeline: microbatches and schedule.
         inplace: turn the caller's own module into this rank's part.
         options: ``context_parallel``, ``sequence_parallel``, ``precision``, ``remat`` and
-            ``compile`` of the plan; what is not built yet raises.
+            ``compile`` of the plan.
 
     Communication: one broadcast of each parameter and buffer with values from the first rank.
     Raises: Nemo2Error and its subclasses, from the plan, on all ranks alike.

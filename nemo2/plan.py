@@ -178,6 +178,11 @@ def plan(
             f"remat={resolved.remat!r} recomputes the blocks of a model, and none are annotated\n"
             '  options: shard(self.layers, "pp") on their list, with pp=1 too | remat=None'
         )
+    if resolved.compile is not None and not blocks:
+        raise Nemo2Error(
+            "compile=True compiles the blocks of a model, and none are annotated\n"
+            '  options: shard(self.layers, "pp") on their list, with pp=1 too | compile=False'
+        )
     costs = block_costs(model, blocks, _tp_size(model, notes.marks, sizes.tp))
     stages = split_blocks(costs, sizes.pp, resolved.pipeline)
     params = _plan_params(model, notes.marks, notes.aliases, blocks, stages, sizes)

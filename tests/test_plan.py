@@ -137,7 +137,7 @@ def test_all_problems_at_once():
     [
         ({"precision": "fp8"}, "precision='fp8' is unknown; precisions: 'bf16'"),
         ({"remat": "some"}, "remat='some' is unknown; kinds: 'full', 'selective'"),
-        ({"compile": True}, "compile=True is not built yet"),
+        ({"compile": "fast"}, "compile='fast' is unknown; True ('inductor'), 'aot_eager'"),
         (
             {"data_parallel": nemo2.DataParallel("fsdp", replicate=3)},
             "replicate=3) does not divide dp * cp = 2 * 1; replicate in [1, 2]",
@@ -159,9 +159,9 @@ def test_options_that_do_not_work_say_so(options, part):
     assert part in str(caught.value)
 
 
-def test_what_is_not_built_is_listed_together():
+def test_all_that_is_wrong_is_listed_together():
     with pytest.raises(Nemo2Error, match=r"(?s)remat.*compile"):
-        nemo2.plan(GPT(), "cp=2", remat="some", compile=True)
+        nemo2.plan(GPT(), "cp=2", remat="some", compile="fast")
 
 
 def test_parts_that_do_not_divide():

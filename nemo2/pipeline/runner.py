@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from ..compile.block import CompiledBlock
 from ..errors import PipelineError
 from ..limits import skipped
 from ..mesh.groups import MeshGroups
@@ -92,6 +93,9 @@ class StageRunner(nn.Module):
         self._handles: list[RemovableHandle] = []
         self._absent_blocks: list[tuple[nn.Module, Any]] = []
         self._hidden: dict[int, list[_Change]] = {}
+        self._compiled: dict[int, dict[str, CompiledBlock]] = {}  # by the id of a step's plan
+        self._told: set[str] = set()
+        self._ready = False
 
     @property
     def last(self) -> bool:
@@ -228,12 +232,17 @@ class StageRunner(nn.Module):
 
     def use(self, step_plan: StepPlan | None) -> None:
         """Install the forwards and captures of ``step_plan``; nothing to do when it is current."""
-        if step_plan is self.step_plan:
-            return
-        self._uninstall()
-        self.step_plan = step_plan
-        if step_plan is None:
-            return
+        if not self._ready or step_plan is not self.step_plan:
+            self._uninstall()
+            self.step_plan, self._ready = step_plan, True
+            if step_plan is not None:
+                self._install_all(step_plan)
+            if self.plan.options.compile is not None:
+                self._install_compiled(self.plan.options.compile)
+        for block in self.compiled.values():
+            block.refresh()
+
+    def _install_all(self, step_plan: StepPlan) -> None:
         for name, action in step_plan.programs.installed.items():
             self._install(name, partial(plain_forward, action=action, axes=self.axes))
         for name, script in step_plan.programs.scripts.items():
@@ -248,6 +257,30 @@ class StageRunner(nn.Module):
         if len(self.stages) > 1:
             for stage in self.stages:
                 self._hidden[stage.index] = self._hiding(stage, step_plan)
+
+    @property
+    def compiled(self) -> Mapping[str, CompiledBlock]:
+        """The compiled blocks of the present step's plan, by name."""
+        return self._compiled.get(id(self.step_plan), {})
+
+    def _install_compiled(self, backend: str) -> None:
+        """Let this rank's blocks run compiled: what was installed before is what is traced."""
+        made = self._compiled.setdefault(id(self.step_plan), {})
+        for i, name in enumerate(self.plan.blocks):
+            if not self._is_local(i):
+                continue
+            block = self.module.get_submodule(name)
+            if name not in made:
+                selective = self.plan.options.remat == "selective"
+                made[name] = CompiledBlock(
+                    name, block, self.axes, backend, self._told, selective=selective
+                )
+            made[name].forward = block.forward
+            self._install(name, partial(_instead, made[name]))
+
+    def forget_compiled(self, step_plan: StepPlan | None) -> None:
+        """Drop what was compiled for a plan that is not used any more."""
+        self._compiled.pop(id(step_plan), None)
 
     def _install_edges(self, programs: Programs) -> None:
         for name in {**programs.entries, **programs.exits, **programs.closed}:
@@ -305,6 +338,7 @@ class StageRunner(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._installed, self._handles, self.step_plan = [], [], None
+        self._ready = False
 
     @contextmanager
     def as_written(self, managed: Sequence[nn.Module]) -> Iterator[None]:
@@ -361,6 +395,8 @@ class StageRunner(nn.Module):
     def recomputing(self) -> Iterator[None]:
         """Checkpoint this rank's blocks as the options say, until the backwards are done."""
         kind = self.plan.options.remat
+        if kind == "selective" and self.plan.options.compile is not None:
+            kind = None  # what a compiled block keeps is decided in its graph
         names = [n for i, n in enumerate(self.plan.blocks) if kind and self._is_local(i)]
         blocks = [self.module.get_submodule(name) for name in names]
         before = [block.__dict__.get("forward") for block in blocks]
@@ -441,6 +477,10 @@ class StageRunner(nn.Module):
                 if layout.dim is not None:
                     leaves[i] = gather(leaves[i], layout, self.axes[axis])
         return tree_unflatten(spec, leaves)
+
+
+def _instead(block: CompiledBlock, module: nn.Module, original: Callable[..., Any]) -> Any:
+    return block
 
 
 def _axes(plan: Plan, groups: MeshGroups) -> dict[str, Axis]:

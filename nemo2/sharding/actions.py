@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import Nemo2Error
 from ..pipeline.absent import is_absent, name_of, user_line
 from ..pytree import tree_flatten, tree_leaves, tree_unflatten
-from . import collectives
+from . import collectives, tracing
 from .attention import context_attention
 from .collectives import Axis
 from .cross_entropy import cross_entropy
@@ -96,7 +96,8 @@ def enter_once(x: Tensor, layout: Layout | None, axis: Axis) -> Tensor:
     grad = x.requires_grad and torch.is_grad_enabled()
     if layout is None and not grad:
         return x
-    seen, key = axis.entered, (layout, x._version, grad)
+    version = None if tracing.current() else x._version  # a traced tensor has none
+    seen, key = axis.entered, (layout, version, grad)
     if seen and seen[0] is x and seen[2] == key:
         known: Tensor = seen[1]
         return known

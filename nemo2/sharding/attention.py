@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import collectives, kernels
+from . import collectives, islands, kernels, tracing
 from .collectives import Axis
 
 
@@ -133,63 +133,87 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, what: Attention, axis: Axis) -> Tensor:
-        kind = torch.promote_types(q.dtype, torch.float32)
-        out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=kind)
-        lse = q.new_full(q.shape[:-1], -math.inf, dtype=kind)
-        moving = _packed(k, v)
-        for turn in range(axis.degree):
-            other = (axis.rank - turn) % axis.degree
-            coming = _start(moving, axis) if turn < axis.degree - 1 else None
-            kj, vj = _unpacked(moving, k, v)
-            for pair in _pairs(what, axis, axis.rank, other, q.shape[-2]):
-                part, part_lse = kernels.forward(
-                    _rows(q, pair.rows),
-                    _rows(kj, pair.columns),
-                    _rows(vj, pair.columns),
-                    pair.mask,
-                    pair.causal,
-                    what.scale,
-                )
-                _merge(_rows(out, pair.rows), lse[..., pair.rows], part, part_lse)
-            moving = coming.wait() if coming is not None else moving
-        result = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, result, lse)
+        if tracing.current():  # one operation of the graph: a compiler knows no sends
+            out, lse = islands.ring_forward(q, k, v, what, axis)
+        else:
+            out, lse = ring_forward(q, k, v, what, axis)
+        ctx.save_for_backward(q, k, v, out, lse)
         ctx.what, ctx.axis = what, axis
-        return result
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        what, axis = ctx.what, ctx.axis
-        grad = grad.contiguous()
-        dq = torch.zeros_like(q, dtype=lse.dtype)
-        moving = _packed(k, v)
-        sums = torch.zeros_like(moving, dtype=lse.dtype)
-        for turn in range(axis.degree):
-            other = (axis.rank - turn) % axis.degree
-            coming = _start(moving, axis) if turn < axis.degree - 1 else None
-            kj, vj = _unpacked(moving, k, v)
-            dk, dv = _unpacked(sums, k, v)
-            for pair in _pairs(what, axis, axis.rank, other, q.shape[-2]):
-                parts = kernels.backward(
-                    _rows(grad, pair.rows),
-                    _rows(q, pair.rows),
-                    _rows(kj, pair.columns),
-                    _rows(vj, pair.columns),
-                    _rows(out, pair.rows),
-                    lse[..., pair.rows],
-                    pair.mask,
-                    pair.causal,
-                    what.scale,
-                )
-                _rows(dq, pair.rows).add_(parts[0])
-                _rows(dk, pair.columns).add_(parts[1])
-                _rows(dv, pair.columns).add_(parts[2])
-            sums = _start(sums, axis).wait()  # the gradients travel with their keys, and home
-            moving = coming.wait() if coming is not None else moving
+        run = islands.ring_backward if tracing.current() else ring_backward
+        return (*run(grad, q, k, v, out, lse, ctx.what, ctx.axis), None, None)
+
+
+def ring_forward(
+    q: Tensor, k: Tensor, v: Tensor, what: Attention, axis: Axis
+) -> tuple[Tensor, Tensor]:
+    """Return attention and the log-sum-exp of each row over all keys (no gradient)."""
+    kind = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=kind)
+    lse = q.new_full(q.shape[:-1], -math.inf, dtype=kind)
+    moving = _packed(k, v)
+    for turn in range(axis.degree):
+        other = (axis.rank - turn) % axis.degree
+        coming = _start(moving, axis) if turn < axis.degree - 1 else None
+        kj, vj = _unpacked(moving, k, v)
+        for pair in _pairs(what, axis, axis.rank, other, q.shape[-2]):
+            part, part_lse = kernels.forward(
+                _rows(q, pair.rows),
+                _rows(kj, pair.columns),
+                _rows(vj, pair.columns),
+                pair.mask,
+                pair.causal,
+                what.scale,
+            )
+            _merge(_rows(out, pair.rows), lse[..., pair.rows], part, part_lse)
+        moving = coming.wait() if coming is not None else moving
+    return out.to(q.dtype), lse
+
+
+def ring_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    what: Attention,
+    axis: Axis,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of this rank's queries, keys and values."""
+    grad = grad.contiguous()
+    dq = torch.zeros_like(q, dtype=lse.dtype)
+    moving = _packed(k, v)
+    sums = torch.zeros_like(moving, dtype=lse.dtype)
+    for turn in range(axis.degree):
+        other = (axis.rank - turn) % axis.degree
+        coming = _start(moving, axis) if turn < axis.degree - 1 else None
+        kj, vj = _unpacked(moving, k, v)
         dk, dv = _unpacked(sums, k, v)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+        for pair in _pairs(what, axis, axis.rank, other, q.shape[-2]):
+            parts = kernels.backward(
+                _rows(grad, pair.rows),
+                _rows(q, pair.rows),
+                _rows(kj, pair.columns),
+                _rows(vj, pair.columns),
+                _rows(out, pair.rows),
+                lse[..., pair.rows],
+                pair.mask,
+                pair.causal,
+                what.scale,
+            )
+            _rows(dq, pair.rows).add_(parts[0])
+            _rows(dk, pair.columns).add_(parts[1])
+            _rows(dv, pair.columns).add_(parts[2])
+        sums = _start(sums, axis).wait()  # the gradients travel with their keys, and home
+        moving = coming.wait() if coming is not None else moving
+    dk, dv = _unpacked(sums, k, v)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _packed(k: Tensor, v: Tensor) -> Tensor:
@@ -307,14 +331,20 @@ def _exchange(x: Tensor, axis: Axis, to_heads: bool) -> Tensor:
     n = axis.degree
     if to_heads:
         sent = x.reshape(*x.shape[:-3], n, -1, *x.shape[-2:]).movedim(-4, 0).contiguous()
-        got = torch.empty_like(sent)
-        dist.all_to_all_single(got, sent, group=axis.group)
+        got = _all_to_all(sent, axis)
         pieces = [p for part in got.unbind(0) for p in part.chunk(len(axis.parts(0)), -2)]
         return collectives.join(pieces, -2, axis)
     pieces = list(x.chunk(n * len(axis.parts(0)), -2))
     sent = torch.stack(
         [torch.cat([pieces[i] for i in axis.parts(rank)], -2) for rank in range(n)]
     ).contiguous()
+    got = _all_to_all(sent, axis)
+    return got.movedim(0, -4).flatten(-4, -3)
+
+
+def _all_to_all(sent: Tensor, axis: Axis) -> Tensor:
+    if tracing.current():
+        return tracing.all_to_all(sent, axis.group, axis.degree)
     got = torch.empty_like(sent)
     dist.all_to_all_single(got, sent, group=axis.group)
-    return got.movedim(0, -4).flatten(-4, -3)
+    return got

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import tracing
 from .layout import Layout
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class Axis:
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     """Return the sum of ``x`` over ``axis`` in a new tensor (no gradient)."""
+    if tracing.current():
+        return tracing.all_reduce(x, axis.group)
     out = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(out, group=axis.group)
     return out
@@ -69,8 +72,11 @@ def all_reduce(x: Tensor, axis: Axis) -> Tensor:
 def all_gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """Return the parts of all ranks of ``axis`` joined along ``dim`` (no gradient)."""
     x = x.movedim(dim, 0).contiguous()
-    out = x.new_empty((x.shape[0] * axis.degree, *x.shape[1:]))
-    gather_single(out, x, group=axis.group)
+    if tracing.current():
+        out = tracing.all_gather(x, axis.group, axis.degree)
+    else:
+        out = x.new_empty((x.shape[0] * axis.degree, *x.shape[1:]))
+        gather_single(out, x, group=axis.group)
     if axis.balanced:
         out = join(out.chunk(2 * axis.degree), 0, axis)
     return out.movedim(0, dim).contiguous()
@@ -89,8 +95,11 @@ def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
         pieces = x.chunk(2 * axis.degree)
         x = torch.cat([pieces[i] for i in axis.order])
     x = x.contiguous()
-    out = x.new_empty((x.shape[0] // axis.degree, *x.shape[1:]))
-    scatter_single(out, x, group=axis.group)
+    if tracing.current():
+        out = tracing.reduce_scatter(x, axis.group, axis.degree)
+    else:
+        out = x.new_empty((x.shape[0] // axis.degree, *x.shape[1:]))
+        scatter_single(out, x, group=axis.group)
     return out.movedim(0, dim).contiguous()
 
 
@@ -128,6 +137,8 @@ class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
+        if tracing.current():
+            return tracing.all_reduce(x, axis.group)
         if not x.is_contiguous():
             x = x.contiguous()
         else:

@@ -26,10 +26,11 @@ def key_of(*parts: object) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def keep_mask(key: int, positions: Sequence[Tensor], probability: float) -> Tensor:
+def keep_mask(key: int | Tensor, positions: Sequence[Tensor], probability: float) -> Tensor:
     """Return which elements are kept: each with ``probability``, decided by key and position.
 
     Args:
+        key: 64 bits, or a tensor () int64 on that device.
         positions: for each dim the global positions (n_d,) int64 of its elements, all on one
             device; at least one.
 
@@ -40,7 +41,7 @@ def keep_mask(key: int, positions: Sequence[Tensor], probability: float) -> Tens
     dims; over the last one a 32-bit multiply and xorshift, keyed by 64 bits for each row.
     """
     *outer, last = positions
-    rows = torch.full((1,), key, dtype=torch.int64, device=last.device)
+    rows = key.view(1) if isinstance(key, Tensor) else last.new_full((1,), key)
     for dim in outer:
         rows = _mix((rows[:, None] ^ _mix(dim)[None]).flatten())
     words = rows.view(torch.int32).view(rows.numel(), 2)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Nemo2Error
-from . import collectives
+from . import collectives, islands, tracing
 from .collectives import Axis
 from .counter import keep_mask, key_of
 from .layout import AXES, WHOLE, Sharding
@@ -33,6 +33,7 @@ _ELEMENTS = ("dropout", "dropout_", "alpha_dropout", "alpha_dropout_")
 _CHANNELS = (*_DIMS, "feature_dropout", "feature_dropout_")
 
 Counter = tuple[str, int]  # a module, and which of the dropout calls in its forward
+Row = tuple[int, int, int] | Tensor  # key, first sample, stride; traced: (3,) int64
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,11 @@ def seed_of(seed: int, step: int, coordinates: tuple[int, ...]) -> int:
     return (key_of(seed, step, coordinates) & 0x7FFF_FFFF_FFFF_FFFF) >> _CALLS << _CALLS
 
 
+def is_running() -> bool:
+    """Say whether a forward draws; else dropout is torch's own."""
+    return bool(_forwards)
+
+
 def is_dropout(name: str) -> bool:
     """Say whether a torch call is a dropout of a kind that can be keyed."""
     return name in _ELEMENTS or name in _CHANNELS
@@ -167,6 +173,17 @@ def _current() -> Forward:
     return found
 
 
+def next_row(site: Site) -> tuple[int, int, int]:
+    """Count a call of ``site`` and return what a traced one is given: see ``Tracing``."""
+    return _row(site, count(site))
+
+
+def _row(site: Site, ordinal: int) -> tuple[int, int, int]:
+    """Return the key of a call, and where the samples of its microbatch lie."""
+    forward = _current()
+    return key_of(forward.key, site.counter, ordinal), forward.first, forward.stride
+
+
 def run_dropout(
     site: Site,
     axes: Mapping[str, Axis],
@@ -181,19 +198,22 @@ def run_dropout(
     """
     if not _forwards:
         return func(*args, **kwargs)
-    ordinal = count(site)
+    trace = tracing.current()
+    ordinal = count(site) if trace is None else 0
     if not is_active(name, args, kwargs):
         return func(*args, **kwargs)
     x, p, _, inplace = _arguments(name, args, kwargs)
     draw = site.draws[min(ordinal, len(site.draws) - 1)]
     if len(draw.shape) != x.ndim:  # another path than the planned one, on one device
         return func(*args, **kwargs)
-    forward = _current()
+    row = _row(site, ordinal) if trace is None else trace.next_key(site, x.device)
     dims = _masked_dims(name, x.ndim)
-    positions = [_positions(d, draw, axes, forward, x) for d in range(x.ndim) if d in dims] or [
+    positions = [_positions(d, draw, axes, row, x) for d in range(x.ndim) if d in dims] or [
         torch.zeros(1, dtype=torch.int64, device=x.device)
     ]
-    kept = keep_mask(key_of(forward.key, site.counter, ordinal), positions, 1.0 - p)
+    # A compiler may evaluate integers that wrap otherwise: to it the mask is one operation.
+    made = keep_mask if trace is None else islands.keep_mask
+    kept = made(row[0], positions, 1.0 - p)
     kept = kept.view([x.shape[d] if d in dims else 1 for d in range(x.ndim)])
     if name.startswith("alpha"):
         return _alpha(x, kept, p, inplace)
@@ -212,10 +232,9 @@ def _masked_dims(name: str, ndim: int) -> range:
     return range(1 if alone else 2)
 
 
-def _positions(
-    dim: int, draw: Draw, axes: Mapping[str, Axis], forward: Forward, x: Tensor
-) -> Tensor:
+def _positions(dim: int, draw: Draw, axes: Mapping[str, Axis], row: Row, x: Tensor) -> Tensor:
     """Return the global positions along ``dim`` of the elements of ``x``, this rank's part."""
+    _, first, stride = row
     split = any(layout.dim == dim for layout in draw.layouts)
     made = torch.arange(draw.shape[dim] if split else x.shape[dim], device=x.device)
     for name, layout in zip(AXES, draw.layouts, strict=True):
@@ -224,7 +243,7 @@ def _positions(
     for d, each in draw.samples:
         if d == dim:
             sample = torch.div(made, each, rounding_mode="floor")
-            made = (forward.first + sample * forward.stride) * each + made % each
+            made = (first + sample * stride) * each + made % each
     return made
 
 

@@ -1,0 +1,1 @@
+"""Blocks traced once and compiled: ``parallelize(..., compile=True)``."""

@@ -1,0 +1,169 @@
+"""One block, traced at its first call and compiled; each further call runs the compiled code.
+
+The plan knows that a block takes one path for given shapes and switches, so the block is run once
+on stand-ins and what it does becomes a graph. There is nothing to guard but what the graph was
+made for: the shapes, dtypes and strides of its inputs, which need gradients, and the numbers that
+its modules hold (checked once a step).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import _len_torch_function_stack
+
+from ..errors import Nemo2Error
+from ..pytree import tree_flatten, tree_unflatten
+from ..sharding.actions import Axes
+from ..sharding.dropout import Site, is_running, next_row
+from .graph import compiled_function
+from .rehearse import Rehearsal, cannot_compile, rehearse
+from .slots import Slots, scalars
+
+VARIANTS = 16  # kinds of inputs for which one block is compiled; more run eagerly
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """The code for one kind of inputs, or ``None`` and why there is none."""
+
+    run: Callable[..., Sequence[Any]] | None
+    rehearsal: Rehearsal | None = None
+    why: str = ""
+
+
+class CompiledBlock:
+    """The forward of one block of this rank.
+
+    Attributes:
+        forward: what runs eagerly, and is traced.
+        backend: ``"inductor"``, or another of those of ``torch.compile``.
+        told: why blocks run eagerly, as far as the user was told.
+        selective: keep only matrix products and sums for backward (``remat="selective"``).
+    """
+
+    forward: Callable[..., Any]
+
+    def __init__(
+        self,
+        name: str,
+        block: nn.Module,
+        axes: Axes,
+        backend: str,
+        told: set[str],
+        *,
+        selective: bool,
+    ) -> None:
+        self.name, self.block, self.axes = name, block, axes
+        self.backend, self.selective, self._told = backend, selective, told
+        self.forward = block.forward
+        self._variants: dict[Any, _Variant] = {}
+        self._by_scalars: dict[Any, dict[Any, _Variant]] = {}
+        self._slots: Slots | None = None
+
+    @property
+    def state(self) -> str:
+        """``"compiled"``, why it is not, or that it has not run."""
+        whys = sorted({v.why for made in self._by_scalars.values() for v in made.values()})
+        return "; ".join(w or "compiled" for w in whys) or "not called yet"
+
+    def refresh(self) -> None:
+        """Take up what was compiled for the numbers that its modules hold now."""
+        now = tuple(tuple(sorted(s.items(), key=repr)) for s in scalars(self.block))
+        self._variants = self._by_scalars.setdefault(now, {})
+        while len(self._by_scalars) > VARIANTS:
+            del self._by_scalars[next(iter(self._by_scalars))]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._slots is None:
+            self._slots = Slots(self.block)
+        leaves, spec = tree_flatten((args, kwargs))
+        held = self._slots.read()
+        key = (spec, _key(leaves), _key(held), _switches(held))
+        variant = self._variants.get(key)
+        if variant is None:
+            variant = self._variants[key] = self._make(leaves, spec, held)
+        if variant.run is None:
+            return self.forward(*args, **kwargs)
+        rehearsal = variant.rehearsal
+        assert rehearsal is not None
+        given = [leaves[i] for i in rehearsal.tensors]
+        if rehearsal.sites:
+            given.append(_rows(rehearsal.sites, held + given))
+        return rehearsal.output(variant.run(*given, *held))
+
+    def _make(self, leaves: Sequence[Any], spec: Any, held: list[Tensor]) -> _Variant:
+        """Return the code for inputs like these."""
+        assert self._slots is not None
+        if len(self._variants) >= VARIANTS:
+            return self._eager(f"it has got {VARIANTS} kinds of inputs before")
+        why = cannot_compile(self.block) or _odd_input(leaves)
+        if why:
+            return self._eager(why)
+
+        def forward(given: Sequence[Any]) -> Any:
+            args, kwargs = tree_unflatten(spec, list(given))
+            return self.forward(*args, **kwargs)
+
+        rehearsal = rehearse(forward, self.block, self._slots, leaves, held, self.axes)
+        if isinstance(rehearsal, str):
+            return self._eager(rehearsal)
+        try:
+            run = compiled_function(
+                rehearsal, forward, leaves, held, self.backend, selective=self.selective
+            )
+        except Exception as error:
+            first = next(iter(str(error).strip().splitlines()), "")
+            raise Nemo2Error(
+                f"block '{self.name}' cannot be compiled by {self.backend}:"
+                f" {type(error).__name__}: {first}\n"
+                '  options: compile=False | compile="aot_eager", which needs no compiler'
+            ) from error
+        return _Variant(run, rehearsal)
+
+    def _eager(self, why: str) -> _Variant:
+        if why not in self._told:
+            self._told.add(why)
+            text = f"compile: block '{self.name}' (and any like it) runs eagerly, as {why}"
+            warnings.warn(text, UserWarning, stacklevel=2)
+        return _Variant(None, why=f"eager, as {why}")
+
+
+def _key(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """Return what a graph is made for."""
+    return tuple(
+        (x.shape, x.dtype, x.stride(), x.requires_grad)
+        if isinstance(x, Tensor)
+        else (x if isinstance(x, _PLAIN) else id(type(x)))
+        for x in leaves
+    )
+
+
+def _switches(held: Sequence[Tensor]) -> tuple[Any, ...]:
+    kind = held[0].device.type if held else "cpu"
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    return torch.is_grad_enabled(), autocast, is_running(), _len_torch_function_stack()
+
+
+def _odd_input(leaves: Sequence[Any]) -> str:
+    """Return why an argument cannot be an input or a constant of a graph, or ""."""
+    for x in leaves:
+        if type(x) not in (Tensor, nn.Parameter) and not isinstance(x, _PLAIN):
+            return f"it is given a {type(x).__name__}" + (
+                " (use_cache=False does without)" if "Cache" in type(x).__name__ else ""
+            )
+    return ""
+
+
+def _rows(sites: Sequence[Site], like: Sequence[Tensor]) -> Tensor:
+    """Return the keys of the dropout calls of this call, (n, 3) int64."""
+    return torch.tensor([next_row(site) for site in sites], dtype=torch.int64).to(
+        like[0].device, non_blocking=True
+    )

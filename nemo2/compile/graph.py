@@ -1,0 +1,117 @@
+"""From a rehearsed block to compiled code: one graph, handed to a backend of ``torch.compile``.
+
+The block's Python is run by AOTAutograd, which records forward and backward together; Dynamo is not
+needed, as the path is known. The backend then sees what it always sees. Graphs that are alike, as
+those of a model's blocks are, are compiled once: inductor finds the code of the first.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+
+from ..pytree import tree_leaves
+from ..sharding.tracing import Tracing, tracing
+from .rehearse import Rehearsal, stand_ins
+
+
+def compiled_function(
+    rehearsal: Rehearsal,
+    forward: Callable[[Sequence[Any]], Any],
+    leaves: Sequence[Any],
+    held: Sequence[Tensor],
+    backend: str,
+    *,
+    selective: bool,
+) -> Callable[..., Sequence[Any]]:
+    """Return a function of the tensors among ``leaves``, dropout's keys if any, and ``held``.
+
+    It returns the tensors of the block's result, and can be differentiated.
+    """
+    from torch._functorch import config as aot_config
+
+    given = [leaves[i] for i in rehearsal.tensors]
+    if rehearsal.sites:
+        device = (given or list(held))[0].device
+        given.append(torch.zeros((len(rehearsal.sites), 3), dtype=torch.int64, device=device))
+    inputs = stand_ins(rehearsal.mode, [*given, *held])
+    unique: dict[int, Tensor] = {id(x): x for x in inputs}
+    order = [list(unique).index(id(x)) for x in inputs]
+
+    def body(*distinct: Tensor) -> tuple[Tensor, ...]:
+        values = [distinct[i] for i in order]
+        filled = list(leaves)
+        for i, x in zip(rehearsal.tensors, values, strict=False):
+            filled[i] = x
+        keys = values[len(rehearsal.tensors)] if rehearsal.sites else None
+        with rehearsal.staged(Tracing(keys), values[len(given) :]):
+            flat = tree_leaves(forward(filled))
+        return tuple(x for x in flat if isinstance(x, Tensor))
+
+    module = _as_graph(body, len(unique), len(rehearsal.outputs))
+    # The outer graph has one node; what it calls is not in AOTAutograd's key of a cache.
+    with aot_config.patch(enable_autograd_cache=False), tracing(Tracing()):  # backward, too
+        run = _backend(backend, selective)(module, list(unique.values()))
+    first = [order.index(i) for i in range(len(unique))]
+
+    def call(*tensors: Tensor) -> Sequence[Any]:
+        out: Sequence[Any] = run(*[tensors[i] for i in first])
+        return out
+
+    return call if len(first) < len(inputs) else run
+
+
+class _Body(nn.Module):
+    def __init__(self, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.run(*tensors)
+
+
+def _as_graph(run: Callable[..., Any], inputs: int, outputs: int) -> GraphModule:
+    """Return a graph of one call, which is what backends take."""
+    graph = Graph()
+    given = tuple(graph.placeholder(f"x{i}") for i in range(inputs))
+    root = nn.Module()
+    root.body = _Body(run)
+    made = graph.call_module("body", given)
+    graph.output(tuple(graph.call_function(operator.getitem, (made, i)) for i in range(outputs)))
+    return GraphModule(root, graph)
+
+
+def _backend(name: str, selective: bool) -> Callable[..., Callable[..., Sequence[Any]]]:
+    if name == "aot_eager":
+        from torch._dynamo.backends.common import aot_autograd
+        from torch._dynamo.backends.debugging import aot_eager, boxed_nop
+
+        from .remat import partitioned
+
+        if not selective:
+            return aot_eager
+        made: Callable[..., Any] = aot_autograd(
+            fw_compiler=boxed_nop,
+            bw_compiler=boxed_nop,
+            partition_fn=partitioned,
+            keep_inference_input_mutations=True,
+        )
+        return made
+    return partial(_inductor, selective=selective)
+
+
+def _inductor(module: GraphModule, inputs: Sequence[Tensor], *, selective: bool) -> Any:
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    from .remat import Selective
+
+    options = {"joint_custom_pre_pass": Selective()} if selective else {}
+    with config.patch(options):
+        return compile_fx(module, inputs)

@@ -1,0 +1,137 @@
+"""Operations that a compiler calls as they are: attention around the ring, masks of dropout.
+
+``attention.py`` and ``counter.py`` have what they do; a graph names an axis by its group.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from . import counter
+from .collectives import Axis
+
+if TYPE_CHECKING:
+    from .attention import Attention
+
+_custom_op: Any = torch.library.custom_op  # untyped upstream
+_group_of: Any = getattr(distributed_c10d, "_resolve_process_group")  # noqa: B009
+
+
+def ring_forward(
+    q: Tensor, k: Tensor, v: Tensor, what: Attention, axis: Axis
+) -> tuple[Tensor, Tensor]:
+    """Return attention and its log-sum-exp; see ``attention.ring_forward``."""
+    out: tuple[Tensor, Tensor] = _forward(q, k, v, *_said(what, axis))
+    return out
+
+
+def ring_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    what: Attention,
+    axis: Axis,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v; see ``attention.ring_backward``."""
+    grads: tuple[Tensor, Tensor, Tensor] = _backward(grad, q, k, v, out, lse, *_said(what, axis))
+    return grads
+
+
+def _said(what: Attention, axis: Axis) -> tuple[Any, ...]:
+    assert axis.group is not None
+    return (
+        what.mask,
+        what.causal,
+        what.scale,
+        axis.group.group_name,
+        axis.rank,
+        axis.degree,
+        axis.balanced,
+    )
+
+
+def _meant(
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    group: str,
+    rank: int,
+    degree: int,
+    balanced: bool,
+) -> tuple[Attention, Axis]:
+    from .attention import Attention
+
+    axis = Axis("cp", _group_of(group), rank, degree, balanced, summed=True)
+    return Attention(causal, mask, scale), axis
+
+
+@_custom_op("nemo2::ring_forward", mutates_args=())  # type: ignore[untyped-decorator]
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    group: str,
+    rank: int,
+    degree: int,
+    balanced: bool,
+) -> tuple[Tensor, Tensor]:
+    from .attention import ring_forward
+
+    out, lse = ring_forward(q, k, v, *_meant(mask, causal, scale, group, rank, degree, balanced))
+    return out.contiguous(), lse
+
+
+@_forward.register_fake  # type: ignore[untyped-decorator]
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    kind = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=kind)
+
+
+@_custom_op("nemo2::ring_backward", mutates_args=())  # type: ignore[untyped-decorator]
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    group: str,
+    rank: int,
+    degree: int,
+    balanced: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from .attention import ring_backward
+
+    what, axis = _meant(mask, causal, scale, group, rank, degree, balanced)
+    dq, dk, dv = ring_backward(grad, q, k, v, out, lse, what, axis)
+    return dq.contiguous(), dk.contiguous(), dv.clone(memory_format=torch.contiguous_format)
+
+
+@_backward.register_fake  # type: ignore[untyped-decorator]
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv
+
+
+@_custom_op("nemo2::keep_mask", mutates_args=())  # type: ignore[untyped-decorator]
+def keep_mask(key: Tensor, positions: list[Tensor], probability: float) -> Tensor:
+    """Return which elements are kept; see ``counter.keep_mask``."""
+    return counter.keep_mask(key, positions, probability)
+
+
+@keep_mask.register_fake  # type: ignore[untyped-decorator]
+def _(key: Tensor, positions: list[Tensor], probability: float) -> Tensor:
+    return key.new_empty([p.numel() for p in positions], dtype=torch.bool)
