@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo2.errors import ShardingError
+from nemo2.pytree import tree_leaves
+from nemo2.sharding import cross_entropy as module
 from nemo2.sharding.cross_entropy import cross_entropy
 from tests.pool import Pool
 
@@ -58,7 +62,12 @@ def compare(logits: Tensor, target: Tensor, tolerance: float, **options: Any) ->
     assert all(torch.equal(one.nan_to_num(), got.nan_to_num()) for one in everyone)
 
 
-def every_option(dtype: torch.dtype, tolerance: float) -> int:
+def every_option(dtype: torch.dtype, tolerance: float, piece: int) -> int:
+    with mock.patch.object(module, "PIECE", piece):
+        return all_options(dtype, tolerance)
+
+
+def all_options(dtype: torch.dtype, tolerance: float) -> int:
     count = 0
     options = itertools.product(
         SHAPES, ("mean", "sum", "none"), (False, True), (0.0, 0.3, 1.0), (-100, 7), (0.0, 0.4, 1.0)
@@ -82,10 +91,37 @@ def every_option(dtype: torch.dtype, tolerance: float) -> int:
     return count
 
 
-@pytest.mark.parametrize("degree", [1, 2, 4])
-def test_float64_is_exact(pool: Pool, degree: int) -> None:
+@pytest.mark.parametrize(("degree", "piece"), [(1, 30), (2, 1 << 26), (4, 7)])
+def test_float64_is_exact(pool: Pool, degree: int, piece: int) -> None:
     # 1e-12: the sums are taken in another order, nothing else differs.
-    assert pool.run(degree, every_option, torch.float64, 1e-12) == [432] * degree
+    assert pool.run(degree, every_option, torch.float64, 1e-12, piece) == [432] * degree
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements that a wide tensor had."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.dtype in (torch.float32, torch.int64):
+                self.size = max(self.size, x.numel())
+        return out
+
+
+def test_no_wide_copy_of_all_logits_is_made() -> None:
+    logits = torch.randn(64, 100).bfloat16().requires_grad_()
+    target = torch.randint(100, (64,))
+    options: dict[str, Any] = {"group": None, "rank": 0, "degree": 1, "vocab_size": 100}
+    with mock.patch.object(module, "PIECE", 500), Largest() as seen:
+        cross_entropy(logits, target, **options).backward()
+    assert 100 <= seen.size <= 500
+    assert logits.grad is not None
+    small = logits.grad.clone()
+    logits.grad = None
+    cross_entropy(logits, target, **options).backward()
+    assert torch.equal(small, logits.grad)
 
 
 def low_precision() -> None:

@@ -56,8 +56,8 @@ def cross_entropy(
 ) -> Tensor:
     """Return what ``F.cross_entropy`` returns on the gathered logits, the same on every rank.
 
-    The gradient is that of this rank's classes. Computed in float32 (float64 for float64); the
-    logits, not the probabilities, are kept for backward.
+    The gradient is that of this rank's classes. Computed in float32 (float64 for float64), in
+    pieces; the logits as they are given, not probabilities or a wider copy, are kept for backward.
 
     Args:
         logits: local shape (C / degree), (N, C / degree) or (N, C / degree, d1, ...), any float
@@ -145,14 +145,16 @@ class _Loss(torch.autograd.Function):
         dim = classes.dim
         top = logits.detach().amax(dim, keepdim=True).to(counted.dtype)
         classes.all_reduce(top, dist.ReduceOp.MAX)
-        shifted = logits.detach().to(counted.dtype, copy=True).sub_(top)
-        index, mine = _local(target, classes)
-        parts = [torch.where(mine, shifted.gather(dim, index), 0)]
-        smooth = _smooth_weight(weight, smoothing, classes, shifted)
-        if smooth is not None:
-            parts.append((shifted * smooth[0]).sum(dim, keepdim=True))
-        parts.append(shifted.exp_().sum(dim, keepdim=True))
-        sums = classes.all_reduce(torch.stack(parts), dist.ReduceOp.SUM)
+        smooth = _smooth_weight(weight, smoothing, classes, top)
+        sums = top.new_empty((2 if smooth is None else 3, *top.shape))
+        for rows in _pieces(logits):
+            shifted = logits.detach()[rows].to(counted.dtype, copy=True).sub_(top[rows])
+            index, mine = _local(target[rows], classes)
+            sums[0][rows] = torch.where(mine, shifted.gather(dim, index), 0)
+            if smooth is not None:
+                sums[1][rows] = (shifted * smooth[0]).sum(dim, keepdim=True)
+            sums[-1][rows] = shifted.exp_().sum(dim, keepdim=True)
+        classes.all_reduce(sums, dist.ReduceOp.SUM)
         log_sum = sums[-1].log()
         loss = (1 - smoothing) * counted * (log_sum - sums[0]).squeeze(dim)
         if smooth is not None:
@@ -167,17 +169,31 @@ class _Loss(torch.autograd.Function):
         logits, log_norm, target, valid, counted, weight = ctx.saved_tensors
         smoothing, classes = ctx.smoothing, ctx.classes
         dim = classes.dim
-        index, mine = _local(target, classes)
         grad = torch.where(valid, grad, 0).unsqueeze(dim)  # also where a mean over nothing is nan
         hit = (1 - smoothing) * counted.unsqueeze(dim) * grad
-        out = logits.to(counted.dtype, copy=True).sub_(log_norm).exp_()
-        smooth = _smooth_weight(weight, smoothing, classes, out)
-        if smooth is None:
-            out.mul_(hit)
-        else:
-            out.mul_(hit + smooth[1] * grad).sub_(smooth[0] * grad)
-        out.scatter_add_(dim, index, torch.where(mine, -hit, 0))
-        return out.to(logits.dtype), None, None, None, None, None, None
+        smooth = _smooth_weight(weight, smoothing, classes, log_norm)
+        grads = torch.empty_like(logits)
+        for rows in _pieces(logits):
+            index, mine = _local(target[rows], classes)
+            out = logits[rows].to(counted.dtype, copy=True).sub_(log_norm[rows]).exp_()
+            if smooth is None:
+                out.mul_(hit[rows])
+            else:
+                out.mul_(hit[rows] + smooth[1] * grad[rows]).sub_(smooth[0] * grad[rows])
+            out.scatter_add_(dim, index, torch.where(mine, -hit[rows], 0))
+            grads[rows] = out
+        return grads, None, None, None, None, None, None
+
+
+PIECE = 1 << 26  # logits that are widened at once
+
+
+def _pieces(logits: Tensor) -> list[Any]:
+    """Return indices of parts of the first dim, so that no wide copy of all logits is made."""
+    if logits.dim() < 2 or logits.numel() <= PIECE:
+        return [...]
+    step = max(PIECE * logits.shape[0] // logits.numel(), 1)
+    return [slice(i, i + step) for i in range(0, logits.shape[0], step)]
 
 
 def _local(target: Tensor, classes: _Classes) -> tuple[Tensor, Tensor]:
