@@ -79,11 +79,8 @@ class GPT(nn.Module):
         shard(self.layers, "pp")
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        if cache is None:
-            places = torch.arange(ids.shape[1], device=ids.device)
-        else:
-            places = cache.positions
-        x = self.embed(ids) + self.place(places)
+        count = torch.arange(ids.shape[1], device=ids.device)
+        x = self.embed(ids) + self.place(count if cache is None else cache.positions)
         for layer in self.layers:
             x = layer(x, cache)
         return self.head(self.norm(x))

@@ -44,7 +44,8 @@ def generate(
             have this probability. Both as in transformers, in this order.
         stop: tokens that end a sequence; they are its last.
         seed: of the draws, which depend on it and on the prompt's number, not on the mesh.
-        use_cache: None keeps keys and values where the model can; False computes all again.
+        use_cache: None keeps keys and values where the model takes a cache; False computes all
+            tokens again for each one.
         step: ``step(model, ids, cache)`` calls a model of another signature and returns its
             logits; ``cache`` is None with ``use_cache=False``.
         stream: ``stream(prompt, token)`` is called for each new token when it is known, in order,

@@ -73,6 +73,7 @@ class ParallelModel(nn.Module):
         self._data_parallel = DataParallelRun(plan, runner, managed, storage, groups)
         self._step_plans: OrderedDict[Any, tuple[StepPlan | None, bool]] = OrderedDict()
         self._loans_made: dict[Any, list[Loan]] = {}
+        self._known_flags: tuple[bool, ...] | None = None  # of the module, while they stay the same
 
     # --- what nn.Module users expect, under original names
 
@@ -191,8 +192,12 @@ class ParallelModel(nn.Module):
         """
         self._refuse_torch_func()
         self.storage.follow_freezing()
-        with self.storage.computing(), self._data_parallel.holding():
-            yield
+        self._known_flags = flags(self.module)
+        try:
+            with self.storage.computing(), self._data_parallel.holding():
+                yield
+        finally:
+            self._known_flags = None
 
     def plan_forward(self, step: Step, part: Any, *, key: Any, plan: Plan) -> StepPlan | None:
         """Return the plan of a forward on one microbatch; None where it needs none."""
@@ -339,9 +344,10 @@ class ParallelModel(nn.Module):
         And whether dp ranks may skip blocks.
         """
         alone = _is_alone(plan)
+        switches = flags(self.module) if self._known_flags is None else self._known_flags
         still: Any = None
         if alone and not self.managed:
-            still = (key, flags(self.module), torch.is_grad_enabled())
+            still = (key, switches, torch.is_grad_enabled())
             trains = any(m.training for m in self.module.modules())
             if not trains or still in self._step_plans:  # it draws nothing
                 return None, False
@@ -349,7 +355,7 @@ class ParallelModel(nn.Module):
         shapes = tuple(
             (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else _hashable(x) for x in leaves
         )
-        full = (key, spec, shapes, flags(self.module), torch.is_grad_enabled())
+        full = (key, spec, shapes, switches, torch.is_grad_enabled())
         if full not in self._step_plans:
             made, may_skip = self._plan_step(step, batch, plan)
             if still and made is not None and not made.randomness.keyed:

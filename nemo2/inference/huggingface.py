@@ -45,16 +45,21 @@ def check_attention(config: Any) -> None:
 def _cache_class() -> Any:
     import transformers
 
-    class _FixedCache(transformers.Cache):  # type: ignore[misc]
+    class _FixedCache(transformers.Cache):
         def __init__(self, cache: KVCache) -> None:
             self.layers: list[Any] = []
             self.offloading, self.layer_class_to_replicate = False, None
             self.cache = cache
 
         def update(
-            self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+            self,
+            key_states: Tensor,
+            value_states: Tensor,
+            layer_idx: int,
+            *args: Any,
+            **kwargs: Any,
         ) -> tuple[Tensor, Tensor]:
-            return self.cache.update(keys, values, layer_idx)
+            return self.cache.update(key_states, value_states, layer_idx)
 
         def get_seq_length(self, layer_idx: int = 0) -> int:
             return self.cache.start

@@ -107,9 +107,9 @@ class OnMesh:
     @contextmanager
     def inferring(self) -> Iterator[None]:
         """Evaluate inside, on live weights that are gathered once."""
-        with torch.inference_mode(False), torch.no_grad(), _evaluating(self.parallel.module):
-            with self.parallel.inferring():
-                yield
+        whole, ready = self.parallel.module, self.parallel.inferring()
+        with torch.inference_mode(False), torch.no_grad(), _evaluating(whole), ready:
+            yield
 
     def run(self, step: Step, parts: Sequence[Any], key: Any) -> list[Any]:
         """Run ``step(module, part)`` on each part; the results on the last stage, else []."""

@@ -41,13 +41,14 @@ class Rounds:
     ) -> None:
         self.place, self.call, self.request = place, call, request
         self.stream, self.streaming = stream, streaming
+        self.kind = (call.kind, call.cached, identity(call.step))
         self.tokens: list[list[int]] = [[] for _ in request.prompts]
         self.done = [False] * len(request.prompts)
         self.error: Exception | None = None
         rows = -(-len(request.prompts) // place.coordinates)
         wanted = max(place.stages, place.microbatches) if place.stages > 1 else 1
-        count = min(microbatches or wanted, rows)
-        self.size = -(-rows // count)
+        self.size = -(-rows // min(microbatches or wanted, rows))
+        count = -(-rows // self.size)
         self.rows = self.size * count  # of each coordinate
         first = place.coordinate * self.rows
         self.own = range(first, first + self.rows)
@@ -88,13 +89,11 @@ class Rounds:
             return last_logits(logits, part.get("last"))
 
         parts = [feed.part() for feed in feeds]
-        kind = (call.kind, call.cached, identity(call.step))
-        first = number == 0
         check: Any = nullcontext()
-        if first:
-            check = checking_tables(self.place.inner, kind, self.request, parts[0])
+        if number == 0:
+            check = checking_tables(self.place.inner, self.kind, self.request, parts[0])
         with check:
-            results = self.place.run(step, parts, ("generate", *kind))
+            results = self.place.run(step, parts, ("generate", *self.kind))
         if not self.place.speaks:
             return []
         return [self._chosen(logits, i, number) for i, logits in enumerate(results)]

@@ -101,7 +101,7 @@ class DataParallelRun:
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Keep what forwards gather until the context ends, unless ``reshard=True`` asks for memory.
+        """Keep what forwards gather until the end, unless ``reshard=True`` asks for memory.
 
         Inside all dp ranks run the same forwards, and no backward.
         """
