@@ -66,22 +66,19 @@ def generate(
     """
     from .inference.calls import Call
     from .inference.place import place_of
-    from .inference.request import checked
+    from .inference.request import Request, checked
     from .inference.rounds import Rounds
     from .inference.sampling import Sampling
 
     place = place_of(model)
     sampling = Sampling(temperature, top_k, top_p, seed)
 
-    def ask() -> tuple[Any, str, bool]:
+    def ask() -> tuple[Call, Request]:
         call = Call.of(place.inner, use_cache, step)
         how = f"{call.kind}, {call.cached}"
-        request = checked(prompts, max_new_tokens, stop, sampling, microbatches, how)
-        return request, request.digest(), stream is not None
+        return call, checked(prompts, max_new_tokens, stop, sampling, microbatches, how)
 
-    asked = place.agreed(ask, lambda one: one[1])
-    request, call = asked[0][0], Call.of(place.inner, use_cache, step)
-    streaming = any(one[2] for one in asked)
+    (call, request), streaming = place.agreed(ask, lambda a: a[1].digest(), stream is not None)
     with place.inferring():
         new = Rounds(place, call, request, microbatches, stream, streaming).run()
     whole = [torch.tensor([*p, *n]) for p, n in zip(request.prompts, new, strict=True)]

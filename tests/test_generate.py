@@ -229,6 +229,21 @@ def test_what_a_rank_keeps_and_does(pool: Pool) -> None:
         assert said["first, last"] == (rank < 2, rank >= 2)
 
 
+def in_bf16() -> list[list[int]]:
+    model = nemo2.parallelize(
+        build("Qwen2").float(), nemo2.make_mesh(pp=2, dp=2), precision="bf16", data_parallel="ddp"
+    )
+    found = lists(generate(model, PROMPTS, max_new_tokens=3))
+    assert all(e.leaf.numel() == 0 for e in model.storage if e.leaf is not e.compute)
+    return found
+
+
+def test_bf16(pool: Pool) -> None:
+    got = pool.run(4, in_bf16)
+    assert [len(row) for row in got[0]] == [len(p) + 3 for p in PROMPTS]
+    assert got == [got[0]] * 4
+
+
 def gathers_of_fsdp() -> list[int]:
     """Return how many gathers requests of 2 and of 6 tokens take."""
     model = nemo2.parallelize(build("gpt"), nemo2.make_mesh(dp=2))
@@ -311,6 +326,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ([[1]], {"top_k": 3}, "top_k and top_p need a temperature"),
     ([[1]], {"temperature": 1.0, "top_k": 0}, "top_k=0 is neither None nor a positive integer"),
     ([[1]], {"temperature": 1.0, "top_p": 0.0}, "top_p=0.0 is neither None nor a number above 0"),
+    ([[1]], {"stop": 0.5}, "stop=0.5 is not a token or a list of tokens"),
     ([[1]], {"stop": ["x"]}, r"stop=\['x'\] is not a token or a list of tokens"),
     ([[1]], {"microbatches": 0}, "microbatches=0 is neither None nor a positive integer"),
     ([[1]], {"seed": 0.5}, "seed=0.5 is not an integer"),
@@ -326,9 +342,11 @@ def refused(model: nn.Module) -> list[str]:
     return messages
 
 
-def refused_on_a_mesh() -> list[str]:
-    model = nemo2.parallelize(build("gpt"), nemo2.make_mesh(pp=2))
+def refused_on_a_mesh(mesh: dict[str, int]) -> list[str]:
+    model = nemo2.parallelize(build("gpt"), nemo2.make_mesh(**mesh))
     messages = refused(model)
+    after = lists(generate(model, PROMPTS, max_new_tokens=2))
+    assert after == [row[: len(p) + 2] for row, p in zip(alone("gpt")[0], PROMPTS, strict=True)]
     rank = torch.distributed.get_rank()
     calls: list[dict[str, Any]] = [
         {"prompts": [[1 + rank]], "max_new_tokens": 2},
@@ -347,16 +365,17 @@ def refused_on_a_mesh() -> list[str]:
     return [*messages, str(caught.value)]
 
 
-def test_errors(pool: Pool) -> None:
+@pytest.mark.parametrize("mesh", [{"pp": 2}, {"dp": 2}], ids=str)
+def test_errors(pool: Pool, mesh: dict[str, int]) -> None:
     plain = refused(build("gpt"))
     for message, (_, _, match) in zip(plain, BAD, strict=True):
         assert re.search(match, message), message
-    got = pool.run(2, refused_on_a_mesh)
+    got = pool.run(2, refused_on_a_mesh, mesh)
     assert got[0] == got[1]
     assert got[0][: len(BAD)] == plain
     assert "with other arguments on ranks [1] than on rank 0" in got[0][-3]
     assert "max_new_tokens=0 is not a positive integer" in got[0][-2]
-    assert "the logits of token 0 of prompt 0 are not numbers (nan)" in got[0][-1]
+    assert "the logits of token 0 of prompt 0 are not numbers: nan" in got[0][-1]
 
 
 def test_models_that_do_not_fit() -> None:

@@ -40,9 +40,13 @@ class OneDevice:
             raise Nemo2Error("generate: the model is on meta, and has no weights")
         self.device = torch.device("cpu") if first is None else first.device
 
-    def agreed(self, make: Callable[[], T], same: Callable[[T], Any]) -> list[T]:
-        """Return what ``make`` gives on each rank, where ``same`` of it is the same on all."""
-        return [make()]
+    def agreed(self, make: Callable[[], T], same: Callable[[T], str], flag: bool) -> tuple[T, bool]:
+        """Return what ``make`` makes, the same on all ranks, and whether any rank has the flag.
+
+        Args:
+            same: gives a text that is equal for what is the same.
+        """
+        return make(), flag
 
     @contextmanager
     def inferring(self) -> Iterator[None]:
@@ -78,31 +82,33 @@ class OnMesh:
         self.microbatches = parallel.plan.options.pipeline.microbatches
         self.speaks = parallel.runner.last and groups.tp_rank == 0
 
-    def agreed(self, make: Callable[[], T], same: Callable[[T], Any]) -> list[T]:
-        """Return what ``make`` gives on each rank, where ``same`` of it is the same on all.
+    def agreed(self, make: Callable[[], T], same: Callable[[T], str], flag: bool) -> tuple[T, bool]:
+        """Return what ``make`` makes, the same on all ranks, and whether any rank has the flag.
 
-        Communication: one all-gather of objects over the world.
+        Communication: one all-gather of short objects over the world.
         Raises: Nemo2Error on all ranks, when it is raised on one of them or they differ.
         """
+        made, mine = None, ("", "", flag)
         try:
-            mine: tuple[T | None, str] = (make(), "")
+            made = make()
+            mine = (same(made), "", flag)
         except Nemo2Error as error:
-            mine = (None, str(error))
+            mine = ("", str(error), flag)
         everyone = [mine]
         if self.groups.sizes.world > 1:
             everyone = [mine] * self.groups.sizes.world
             dist.all_gather_object(everyone, mine, group=self.groups.world)
-        errors = {text: rank for rank, (_, text) in reversed(list(enumerate(everyone))) if text}
+        errors = [error for _, error, _ in everyone if error]
         if errors:
-            raise Nemo2Error(min(errors, key=lambda text: errors[text]))
-        found = [made for made, _ in everyone if made is not None]
-        odd = [rank for rank, made in enumerate(found) if same(made) != same(found[0])]
+            raise Nemo2Error(errors[0])
+        odd = [rank for rank, (text, _, _) in enumerate(everyone) if text != everyone[0][0]]
         if odd:
             raise Nemo2Error(
                 f"generate was called with other arguments on ranks {odd} than on rank 0\n"
                 "  options: the same prompts and arguments on every rank"
             )
-        return found
+        assert made is not None
+        return made, any(flagged for _, _, flagged in everyone)
 
     @contextmanager
     def inferring(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -55,14 +56,14 @@ def checked(
         problems.append(f"max_new_tokens={new!r} is not a positive integer")
     if microbatches is not None and not _is_count(microbatches):
         problems.append(f"microbatches={microbatches!r} is neither None nor a positive integer")
-    stops = (stop,) if isinstance(stop, int) else tuple(stop)
+    stops = tuple(stop) if isinstance(stop, Iterable) else (stop,)
     if not all(_is_int(t) for t in stops):
         problems.append(f"stop={stop!r} is not a token or a list of tokens")
     rows, wrong = _rows(prompts)
     problems += wrong
     if problems:
         raise Nemo2Error("generate: " + "\n  ".join(problems))
-    return Request(tuple(rows), new, frozenset(stops), sampling, f"{how}, {microbatches}")
+    return Request(tuple(rows), new, frozenset(map(int, stops)), sampling, f"{how}, {microbatches}")
 
 
 def _rows(prompts: Any) -> tuple[list[tuple[int, ...]], list[str]]:
@@ -119,7 +120,7 @@ def _about(sampling: Sampling) -> list[str]:
 
 
 def _is_int(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
+    return isinstance(x, Integral) and not isinstance(x, bool)  # numpy's, too
 
 
 def _is_count(x: Any) -> bool:

@@ -99,10 +99,10 @@ class Rounds:
         return [self._chosen(logits, i, number) for i, logits in enumerate(results)]
 
     def _chosen(self, logits: Tensor, microbatch: int, number: int) -> Tensor:
-        """Return the next tokens (batch) of a microbatch; -1 where the logits are no numbers."""
+        """Return the next tokens (batch) of a microbatch; -1 where no logit is the largest."""
         rows = self.own[microbatch * self.size : (microbatch + 1) * self.size]
         tokens = self.request.sampling.choose(logits, rows, number)
-        return tokens.masked_fill(logits.isnan().any(-1), -1)
+        return tokens.masked_fill(~logits.amax(-1).isfinite(), -1)
 
     def _exchanged(self, chosen: Sequence[Tensor], number: int) -> list[int]:
         """Return the next token of every row of every coordinate, the same on all ranks.
@@ -127,7 +127,7 @@ class Rounds:
             row = next(r for r, t in enumerate(tokens) if t < 0)
             raise Nemo2Error(
                 f"generate: the logits of token {number} of prompt {min(row, len(self.tokens) - 1)}"
-                " are not numbers (nan)"
+                " are not numbers: nan, or infinite"
             )
         return tokens
 

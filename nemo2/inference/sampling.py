@@ -28,14 +28,14 @@ class Sampling:
         """Return the next token of each row.
 
         Args:
-            logits: (rows, vocabulary), of any float dtype.
+            logits: (rows, vocabulary), of any float dtype, each with a finite largest one.
             prompts: which prompt each row continues.
             number: how many new tokens each has.
         """
-        logits = logits.float()
         if self.temperature == 0.0:
             return logits.argmax(-1)
-        scores = self._among(logits / self.temperature)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        scores = self._among((logits - logits.amax(-1, keepdim=True)) / self.temperature)
         drawn = [uniform(self.seed, prompt, number) for prompt in prompts]
         levels = torch.tensor(drawn, dtype=torch.float64, device=logits.device)
         # In the order of the vocabulary: sorted, scores that are almost equal could change places.
