@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.generate`` starts the processes of each mesh: on GPUs if the machine has
 enough, else CPU processes of one thread. The example GPT and a Llama, of random weights; greedy.
-A first request plans and warms up, the second is measured; seconds of planning are what the
-first one took longer. ``plain`` is the module itself on one device, without ``parallelize``.
+A first request plans and warms up, the second is measured; the last column is how much longer
+the first one took (it imports megatron-core, too). ``plain`` is the module itself on one device, without ``parallelize``.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def main() -> None:
     print(f"width {SIZES[args.size][0]}, {SIZES[args.size][1]} layers, {args.dtype},", end=" ")
     print(f"{args.prompts} prompts of up to {args.length} tokens, {args.new} new ones", end="; ")
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores")
-    print("\n| model | mesh | tokens/s, cache | tokens/s, none | ms a token | planning, s |")
+    print("\n| model | mesh | tokens/s, cache | tokens/s, none | ms a token | first later by, s |")
     print("|---|---|---|---|---|---|", flush=True)
     for mesh in args.mesh or MESHES:
         start(mesh, args)
