@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemo2 import shard
+from nemo2.inference import KVCache
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,17 @@ class Attention(nn.Module):
             shard(layer.bias, "tp", dim=0)
         shard(self.out.weight, "tp", dim=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         q, k, v = (
             f(x).unflatten(-1, (-1, self.size)).transpose(1, 2)
             for f in (self.query, self.key, self.value)
         )
-        return self.out(
-            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        )
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:  # x is new tokens only: keys and values of those before are in the cache
+            k, v = cache.update(k, v, self)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -54,8 +58,8 @@ class Block(nn.Module):
         shard(self.up.bias, "tp", dim=0)
         shard(self.down.weight, "tp", dim=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attention(self.norm1(x), cache)
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
@@ -74,8 +78,9 @@ class GPT(nn.Module):
         shard(self.head.weight, "tp", dim=0)
         shard(self.layers, "pp")
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids) + self.place(torch.arange(ids.shape[1], device=ids.device))
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        count = torch.arange(ids.shape[1], device=ids.device)
+        x = self.embed(ids) + self.place(count if cache is None else cache.positions)
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, cache)
         return self.head(self.norm(x))

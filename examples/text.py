@@ -1,11 +1,10 @@
-"""Bytes of text files as training windows, sampling from a model, and the loss curve."""
+"""Bytes of text files as training windows, and the loss curve."""
 
 from __future__ import annotations
 
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,20 +43,6 @@ class Windows(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         start = int(self.starts[index])
         return self.text[start : start + self.length + 1].long()
-
-
-def sample(model: Any, prompt: bytes, length: int, count: int) -> str:
-    """Continue ``prompt`` by ``count`` bytes, by forward calls on the model's mesh."""
-    model.eval()
-    generator = torch.Generator().manual_seed(0)
-    ids = list(prompt)
-    for _ in range(count):
-        window = ids[-length:]
-        padded = torch.zeros(1, length, dtype=torch.long)
-        padded[0, : len(window)] = torch.tensor(window)
-        logits = model(padded, broadcast_output=True)[0, len(window) - 1].float().cpu()
-        ids.append(int(torch.multinomial(torch.softmax(logits / 0.7, -1), 1, generator=generator)))
-    return bytes(ids).decode(errors="replace")
 
 
 def save_curve(losses: Sequence[float], held_out: float, path: Path) -> Path:

@@ -16,7 +16,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from gpt import GPT, GPTConfig
-from text import Windows, default_files, read_bytes, sample, save_curve
+from text import Windows, default_files, read_bytes, save_curve
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -63,6 +63,13 @@ class LitGPT(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+PROMPT = "def "
+
+
+def show(prompt: int, byte: int) -> None:
+    print(chr(byte), end="", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     gpus = torch.cuda.device_count()
@@ -73,7 +80,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="windows in the global batch")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--microbatches", type=int, default=2 if gpus else 1)
-    parser.add_argument("--generate", type=int, default=160, help="bytes to generate at the end")
+    parser.add_argument("--generate", type=int, default=120, help="bytes to generate at the end")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the loss curve")
     args = parser.parse_args()
 
@@ -103,11 +110,14 @@ def main() -> None:
     check = DataLoader(Windows(held_out, cfg.length, 128, seed=1), 32 // sizes.dp)
     trainer.fit(lit, loader, check)
     reached = float(trainer.callback_metrics["held-out"])
-    text = sample(strategy.parallel_model, b"def ", cfg.length, args.generate)
     if trainer.is_global_zero:
         curve = save_curve(lit.curve, reached, args.out / "loss.png")
         print(f"held-out: {reached:.3f} nats per byte; loss curve: {curve}")
-        print("generated on the same mesh:\n" + text)
+        print("generated on the same mesh:\n" + PROMPT, end="", flush=True)
+    prompt, how = list(PROMPT.encode()), {"max_new_tokens": args.generate, "temperature": 0.7}
+    nemo2.generate(lit.model, [prompt], stream=show if trainer.is_global_zero else None, **how)
+    if trainer.is_global_zero:
+        print()
 
 
 if __name__ == "__main__":

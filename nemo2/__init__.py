@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import CheckpointError, MeshError, Nemo2Error, PipelineError, ShardingError
 from .explain import explain
 from .functional import global_norm, grad, value_and_grad
+from .generate import generate
+from .inside import is_first_stage, is_last_stage
 from .mesh import make_mesh
 from .options import ContextParallel, DataParallel, Pipeline
 from .parallelize import parallelize
@@ -34,8 +36,11 @@ __all__ = [
     "ShardingError",
     "annotate",
     "explain",
+    "generate",
     "global_norm",
     "grad",
+    "is_first_stage",
+    "is_last_stage",
     "load",
     "make_mesh",
     "parallelize",

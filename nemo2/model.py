@@ -73,6 +73,7 @@ class ParallelModel(nn.Module):
         self._data_parallel = DataParallelRun(plan, runner, managed, storage, groups)
         self._step_plans: OrderedDict[Any, tuple[StepPlan | None, bool]] = OrderedDict()
         self._loans_made: dict[Any, list[Loan]] = {}
+        self._known_flags: tuple[bool, ...] | None = None  # of the module, while they stay the same
 
     # --- what nn.Module users expect, under original names
 
@@ -174,6 +175,36 @@ class ParallelModel(nn.Module):
         with torch.no_grad():
             return self._schedule(step, parts, forward_only=True, key=key)
 
+    def run_whole(self, step: Step, parts: Sequence[Any], *, key: Any) -> list[Any]:
+        """Run ``step`` forward on microbatches of any sequences, of this dp and cp coordinate.
+
+        No sequence is split, over ``cp`` or ``tp``. Returns the results on the last stage, else [].
+        """
+        with torch.no_grad():
+            given = [self._to_device(part) for part in parts]
+            return self._schedule(step, given, forward_only=True, key=key, plan=self.plan.whole)
+
+    @contextmanager
+    def inferring(self) -> Iterator[None]:
+        """Prepare parameters for many forwards once: the live ones, unchanged until the end.
+
+        Communication: under ``fsdp`` the first forward's gathers, and none after it.
+        """
+        self._refuse_torch_func()
+        self.storage.follow_freezing()
+        self._known_flags = flags(self.module)
+        try:
+            with self.storage.computing(), self._data_parallel.holding():
+                yield
+        finally:
+            self._known_flags = None
+
+    def plan_forward(self, step: Step, part: Any, *, key: Any, plan: Plan) -> StepPlan | None:
+        """Return the plan of a forward on one microbatch; None where it needs none."""
+        self.storage.follow_freezing()
+        with torch.no_grad(), self.storage.computing(), unfused_layers():
+            return self._plan_for(step, self._to_device(part), key, plan)[0]
+
     def from_last_stage(self, value: Any) -> Any:
         """Return the last stage's ``value`` on every stage.
 
@@ -256,12 +287,20 @@ class ParallelModel(nn.Module):
             local.mul_(scale.to(local.dtype))
         return norm
 
-    def _schedule(self, step: Step, parts: list[Any], *, forward_only: bool, key: Any) -> list[Any]:
+    def _schedule(
+        self,
+        step: Step,
+        parts: list[Any],
+        *,
+        forward_only: bool,
+        key: Any,
+        plan: Plan | None = None,
+    ) -> list[Any]:
         groups, runner = self.groups, self.runner
         self.storage.follow_freezing()
         with self.storage.computing(), ExitStack() as stack:
             stack.enter_context(unfused_layers())
-            step_plan, may_skip = self._plan_for(step, parts[0], key)
+            step_plan, may_skip = self._plan_for(step, parts[0], key, plan or self.plan)
             runner.use(step_plan)
             if not forward_only:
                 stack.enter_context(runner.recomputing())
@@ -297,15 +336,18 @@ class ParallelModel(nn.Module):
             )
         return results[: len(parts)]
 
-    def _plan_for(self, step: Step, batch: Any, key: Any) -> tuple[StepPlan | None, bool]:
+    def _plan_for(
+        self, step: Step, batch: Any, key: Any, plan: Plan
+    ) -> tuple[StepPlan | None, bool]:
         """Return the step's plan, made at the first call for these shapes, or None if not needed.
 
         And whether dp ranks may skip blocks.
         """
-        alone = self._alone
+        alone = _is_alone(plan)
+        switches = flags(self.module) if self._known_flags is None else self._known_flags
         still: Any = None
         if alone and not self.managed:
-            still = (key, flags(self.module), torch.is_grad_enabled())
+            still = (key, switches, torch.is_grad_enabled())
             trains = any(m.training for m in self.module.modules())
             if not trains or still in self._step_plans:  # it draws nothing
                 return None, False
@@ -313,9 +355,9 @@ class ParallelModel(nn.Module):
         shapes = tuple(
             (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else _hashable(x) for x in leaves
         )
-        full = (key, spec, shapes, flags(self.module), torch.is_grad_enabled())
+        full = (key, spec, shapes, switches, torch.is_grad_enabled())
         if full not in self._step_plans:
-            made, may_skip = self._plan_step(step, batch, alone)
+            made, may_skip = self._plan_step(step, batch, plan)
             if still and made is not None and not made.randomness.keyed:
                 full = still
             if alone and made is not None and not made.randomness.keyed:
@@ -326,8 +368,9 @@ class ParallelModel(nn.Module):
                 self.runner.forget_compiled(old)
         return self._step_plans[full]
 
-    def _plan_step(self, step: Step, batch: Any, alone: bool) -> tuple[StepPlan | None, bool]:
-        """Plan a step; only one that is ``alone`` on its mesh may read values before its end."""
+    def _plan_step(self, step: Step, batch: Any, plan: Plan) -> tuple[StepPlan | None, bool]:
+        """Plan a step; only one that is alone on its mesh may read values before its end."""
+        alone = _is_alone(plan)
         blocks = [self.module.get_submodule(name) for name in self.plan.blocks]
         with self.runner.as_written(self.managed):
             watch = SkipWatch(blocks)
@@ -337,9 +380,7 @@ class ParallelModel(nn.Module):
                     return step(module, given)
 
             try:
-                made = plan_step(
-                    self.plan, self.module, watched, batch, self.places, self.groups.device
-                )
+                made = plan_step(plan, self.module, watched, batch, self.places, self.groups.device)
             except NeedsValueError:
                 if not alone:
                     raise
@@ -385,9 +426,7 @@ class ParallelModel(nn.Module):
 
     @property
     def _alone(self) -> bool:
-        """Whether one rank holds the whole model, and its code may take any path."""
-        sizes = self.plan.sizes
-        return sizes.tp == sizes.pp == sizes.cp == 1
+        return _is_alone(self.plan)
 
     @contextmanager
     def _seeded(self) -> Iterator[None]:
@@ -427,6 +466,11 @@ class ParallelModel(nn.Module):
                 " its gradients cross ranks\n"
                 "  options: nemo2.value_and_grad(loss_fn, model)(model.params, batch) | nemo2.grad"
             )
+
+
+def _is_alone(plan: Plan) -> bool:
+    """Say whether one rank holds the whole model, and its code may take any path."""
+    return plan.sizes.tp == plan.sizes.pp == plan.sizes.cp == 1
 
 
 def _size_of(batch: Any) -> int:

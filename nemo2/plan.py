@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -130,6 +131,12 @@ class Plan:
         from .explain import tables
 
         return tables(self)
+
+    @cached_property
+    def whole(self) -> Plan:
+        """This plan for steps on whole sequences: ``cp`` coordinates run batches of their own."""
+        sizes, options = replace(self.sizes, cp=1), replace(self.options, sequence_parallel=False)
+        return replace(self, sizes=sizes, options=options)
 
     def param(self, name: str) -> ParamPlan:
         return next(p for p in self.params if p.name == name)

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from ..errors import Nemo2Error
 from ..model import ParallelModel
 from ..pipeline.identity import identity
-from ..pipeline.microbatch import plan_batch
+from ..pipeline.microbatch import first_microbatch, plan_batch
+from ..pipeline.runner import Step
 from ..pytree import tree_flatten, tree_unflatten
 from ..sharding.reduce import gradient, norm_of
 from ..sharding.storage import local_of
@@ -54,11 +55,13 @@ def evaluation_step(parallel: ParallelModel, name: str, batch: Any, args: Sequen
         with logs.microbatch():
             return getattr(module, name)(part, *args)
 
-    predicting = name == "predict_step"
-    count = 1 if predicting else _microbatches(parallel, batch)
+    predicting, key = name == "predict_step", (name, *args[1:])
+    count = _microbatches(parallel, batch)
     # Not in inference mode: what FSDP allocates here is used again in training.
     with torch.inference_mode(False), torch.no_grad():
-        results = parallel.run_forward(step, batch, key=(name, *args[1:]), microbatches=count)
+        if predicting and count > 1 and not _joins(parallel, step, batch, count, key):
+            count = 1
+        results = parallel.run_forward(step, batch, key=key, microbatches=count)
     logs.replay()
     result = _merge(results) if results and parallel.runner.last else None
     return parallel.from_last_stage(result) if predicting else result
@@ -142,6 +145,26 @@ def _microbatches(parallel: ParallelModel, batch: Any) -> int:
     except Nemo2Error:
         return 1
     return wanted
+
+
+def _joins(parallel: ParallelModel, step: Step, batch: Any, count: int, key: Any) -> bool:
+    """Say whether the results of microbatches, joined along their first dim, are the batch's.
+
+    They are where the plan shows tensors whose first dim, and no other, follows the batch's size.
+    """
+    size = plan_batch(batch, count).size
+    parts = (batch, first_microbatch(batch, count))
+    plans = [parallel.plan_forward(step, part, key=key, plan=parallel.plan) for part in parts]
+    traces = [made.trace for made in plans if made is not None and made.trace.complete]
+    if len(traces) < len(plans):
+        return False
+    whole, part = (tree_flatten(trace.output) for trace in traces)
+    if whole[1] != part[1] or not all(isinstance(x, Tensor) and x.ndim for x in whole[0]):
+        return False
+    return all(
+        a[0] == size and b == (size // count, *a[1:])
+        for a, b in zip(*(t.output_shapes for t in traces), strict=True)
+    )
 
 
 def _merge(results: list[Any]) -> Any:

@@ -60,6 +60,7 @@ class DataParallelRun:
         self._reduce = [self._in_order(i, unit) for i, unit in enumerate(self._units)]
         self._backwards = 0  # of microbatches, in this step
         self._in_backward = False
+        self._held = False
         if self._managed and not self._kept:
             self._runner.register_forward_hook(self._expect_backward)
 
@@ -73,6 +74,10 @@ class DataParallelRun:
         Communication: what FSDP2's hooks and the buckets have not done during the schedule,
             and an all-reduce of a byte for each split parameter.
         """
+        if self._held:
+            assert forward_only
+            yield
+            return
         self._used, self._reduced, self._training = set(), 0, not forward_only
         self._waiting, self._waited = set(), False
         self._backwards, self._in_backward = 0, False
@@ -93,6 +98,23 @@ class DataParallelRun:
         if self._training:
             self._buckets.finish()
             self._forget_unused()
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Keep what forwards gather until the end, unless ``reshard=True`` asks for memory.
+
+        Inside all dp ranks run the same forwards, and no backward.
+        """
+        if not self._managed or self._plan.options.data_parallel.reshard is True:
+            yield
+            return
+        self._training = False
+        with self._as_made() if self._kept else self._without_freeing():
+            self._held = True
+            try:
+                yield
+            finally:
+                self._held = False
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -413,6 +413,25 @@ def _reduce_rule(call: Call, out: Any) -> Outcome:
     return Outcome(x.layout.at(dim))
 
 
+# --- generation (inference/cache.py) ---
+
+
+def _cache_update_rule(call: Call, out: Any) -> Outcome:
+    """Keys or values take the length of the cache in their last dim but one."""
+    x = call.operands[0]
+    if x.dim == x.ndim - 2:
+        x.gather()
+    return Outcome(x.layout)
+
+
+def _token_at_rule(call: Call, out: Any) -> Outcome:
+    x, index = call.operands
+    if x.dim != 2:
+        x.gather()
+    index.gather()
+    return Outcome(x.layout if x.dim is None else x.layout.at(1))
+
+
 # --- annotations and tables ---
 
 
@@ -501,4 +520,6 @@ _RULES: dict[str, Rule] = {
     "scaled_dot_product_attention": sdpa_rule,
     "cross_entropy": cross_entropy_rule,
     "constrain": _constrain_rule,
+    "cache_update": _cache_update_rule,
+    "token_at": _token_at_rule,
 }

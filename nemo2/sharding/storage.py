@@ -92,6 +92,7 @@ class Storage:
 
     entries: dict[str, Entry]
     mesh: DeviceMesh
+    shown: bool = field(default=False, init=False)  # whether the plain parameters are in place
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries.values())
@@ -116,13 +117,18 @@ class Storage:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Put the plain local parameters into the module for the time of a run."""
+        """Put the plain local parameters into the module for the time of a run, or of several."""
+        if self.shown:
+            yield
+            return
         with filled((entry.compute, entry.leaf) for entry in self):
             for entry in self:
                 entry.show(compute=True)
+            self.shown = True
             try:
                 yield
             finally:
+                self.shown = False
                 for entry in self:
                     entry.show(compute=False)
 
