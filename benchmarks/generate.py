@@ -3,7 +3,8 @@
 ``python -m benchmarks.generate`` starts the processes of each mesh: on GPUs if the machine has
 enough, else CPU processes of one thread. The example GPT and a Llama, of random weights; greedy.
 A first request plans and warms up, the second is measured; the last column is how much longer
-the first one took (it imports megatron-core, too). ``plain`` is the module itself on one device, without ``parallelize``.
+the first one took (it imports megatron-core, too). ``plain`` is the module itself on one device,
+without ``parallelize``.
 """
 
 from __future__ import annotations
