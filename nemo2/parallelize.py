@@ -57,6 +57,7 @@ def parallelize(
     from .model import ParallelModel
     from .pipeline.runner import StageRunner
     from .sharding.materialise import Source, materialise
+    from .sharding.optimizers import step_on_shards
     from .sharding.storage import check_same_everywhere, finish, place, shard_over_dp, storage_mesh
 
     planned = plan(model, mesh, data_parallel=data_parallel, pipeline=pipeline, **options)
@@ -81,6 +82,7 @@ def parallelize(
     ties = _tie_groups(planned, groups)
     made = ParallelModel(runner, planned, groups, storage, managed, ties, mesh, seed, where)
     note_parts(made)
+    step_on_shards(storage)
     return made
 
 
