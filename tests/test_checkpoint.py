@@ -1,4 +1,4 @@
-"""Checkpoints of training: any mesh to any mesh, whole at every moment, and what is wrong with them."""
+"""Checkpoints of training: any mesh to any mesh, always a whole one, what is wrong with them."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
 import struct
 import zlib
@@ -183,12 +184,12 @@ def clean(path: Path) -> None:
             shutil.rmtree(removed, ignore_errors=True)
 
 
-def remove(path: Path, token: str) -> None:
+def remove(path: Path) -> None:
     """Remove a checkpoint: at once for readers, then its files."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
-        hidden = path.parent / f".{path.name}.removed-{token}"
+        hidden = path.parent / f".{path.name}.removed-{secrets.token_hex(6)}"
         os.rename(path, hidden)
         shutil.rmtree(hidden, ignore_errors=True)
 

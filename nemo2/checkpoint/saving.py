@@ -29,6 +29,7 @@ from .shards import Content, Shard
 from .storage import parts_missing
 
 PATIENCE = 600.0  # seconds without any rank's word after which a save is given up
+SHORT_PATIENCE = 10.0  # the same, once the training has failed
 _EVERY = 0.02  # seconds between looks at what ranks have said
 
 
@@ -103,7 +104,7 @@ class Saving:
         return [] if failed is None else [failed]
 
     def give_up(self) -> None:
-        """Do not wait for other ranks any more: some of them are gone."""
+        """Do not wait long for other ranks any more: some of them may be gone."""
         self._given_up.set()
 
     def then(self, act: Callable[[], None]) -> None:
@@ -180,7 +181,10 @@ class Saving:
                     limit = time.monotonic() + PATIENCE
                 if (failed := self._said(rank, "failed")).is_file():
                     raise CheckpointError(f"rank {rank} could not write: {failed.read_text()}")
-            if time.monotonic() > limit or self._given_up.is_set():
+            if self._given_up.is_set():
+                limit = min(limit, time.monotonic() + SHORT_PATIENCE)
+                self._given_up.clear()
+            if time.monotonic() > limit:
                 silent = [r for r in range(1, job.world) if r not in found]
                 raise CheckpointError(f"given up: ranks {silent} have not written their parts")
             if len(found) < job.world - 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from ..checkpoint.saving import Saving
+from ..checkpoint.training import finish_last
 from ..errors import Nemo2Error
 from ..mesh.sizes import AXES, MeshSizes, fit_sizes
 from ..mesh.watchdog import Watchdog
@@ -35,10 +38,11 @@ from ..model import ParallelModel
 from ..options import Options
 from ..parallelize import parallelize
 from . import checkpoint as checkpoints
-from .data import MeshSampler, can_deal
+from .data import MeshSampler, can_deal, dealt
 from .launcher import Launcher
 from .logs import EQUAL
 from .precision import Bf16Masters, supported
+from .resuming import go_on, under_way
 from .steps import (
     clip_by_norm,
     clip_by_value,
@@ -64,6 +68,7 @@ class MegatronStrategy(ParallelStrategy):
         pp: pipeline degree.
         cp: context-parallel degree.
         tp: tensor-parallel degree.
+        asynchronous_save: write checkpoints in the background; saving costs a copy to host memory.
         options: those of ``parallelize``, without ``precision`` (the Trainer's decides:
             "32-true", "64-true", "bf16-true", or "bf16-mixed", which is ``precision="bf16"``,
             float32 masters of a module that computes in bfloat16, without autocast) and
@@ -78,10 +83,18 @@ class MegatronStrategy(ParallelStrategy):
     """
 
     def __init__(
-        self, *, dp: int = -1, pp: int = 1, cp: int = 1, tp: int = 1, **options: Any
+        self,
+        *,
+        dp: int = -1,
+        pp: int = 1,
+        cp: int = 1,
+        tp: int = 1,
+        asynchronous_save: bool = False,
+        **options: Any,
     ) -> None:
         _check_options(options, cp)
         super().__init__()
+        self.asynchronous_save = asynchronous_save
         self.asked = {"pp": pp, "dp": dp, "cp": cp, "tp": tp}
         self.options = options
         self.num_nodes = 1
@@ -89,6 +102,10 @@ class MegatronStrategy(ParallelStrategy):
         self.watchdog: Watchdog | None = None
         self._mesh: DeviceMesh | None = None
         self._deals_samples: bool | None = None
+        self._saving: Saving | None = None
+        self._positions: list[Any] = []  # of the training dataloaders, in a checkpoint
+        self._generators: dict[str, Any] = {}
+        self._failed = False
 
     # --- who and where
 
@@ -186,6 +203,7 @@ class MegatronStrategy(ParallelStrategy):
             connector.use_distributed_sampler = False
         module = self.lightning_module
         assert module is not None
+        self._positions = []
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and not module.automatic_optimization:
             raise Nemo2Error(
@@ -226,6 +244,7 @@ class MegatronStrategy(ParallelStrategy):
         """Nothing to do: splitting the model moves it."""
 
     def teardown(self) -> None:
+        self._end_saving()
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()
@@ -235,8 +254,19 @@ class MegatronStrategy(ParallelStrategy):
             self.watchdog.stop()
             self.watchdog = None
 
+    def _end_saving(self) -> None:
+        """Wait for a save under way; after a failure only for this rank's part of it."""
+        saving, failed = self._saving, self._failed
+        self._saving, self._failed = None, False
+        if failed and saving is not None:
+            saving.give_up()
+            saving.join()
+        elif self.parallel is not None:
+            finish_last(self.parallel.groups)
+
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other ranks, which may be waiting for this one, or say which one was lost."""
+        self._failed = True
         watchdog = self.watchdog
         if watchdog is None:
             return
@@ -309,7 +339,14 @@ class MegatronStrategy(ParallelStrategy):
             if inner is not None:
                 inner.sampler = sampler
             return dataloader
-        return _update_dataloader(dataloader, sampler)
+        made = _update_dataloader(dataloader, sampler)
+        trainer = self.lightning_module.trainer
+        if not trainer.training:
+            return made
+        made = dealt(made, partial(under_way, trainer))
+        if self._positions:
+            go_on(trainer, made, self._positions.pop(0), self._generators)
+        return made
 
     # --- communication
 
@@ -362,15 +399,25 @@ class MegatronStrategy(ParallelStrategy):
         return checkpoints.model_state(self.parallel_model)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return name -> state, of what this rank's stage owns, and the groups' options."""
-        return checkpoints.optimizer_state(self.parallel_model, optimizer)
+        """Return the groups' options: ``save_checkpoint`` takes the state itself."""
+        return checkpoints.optimizer_state(optimizer)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
         if storage_options is not None:
             raise Nemo2Error("MegatronStrategy writes checkpoints itself: no storage_options")
-        checkpoints.save(self.parallel_model, checkpoint, self.broadcast(filepath))
+        self._saving = checkpoints.save(
+            self.parallel_model,
+            self.optimizers,
+            checkpoint,
+            self.broadcast(filepath),
+            asynchronous=self.asynchronous_save,
+        )
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if self.is_global_zero:
+            checkpoints.remove(filepath, self._saving)
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
@@ -378,13 +425,17 @@ class MegatronStrategy(ParallelStrategy):
         module = self.lightning_module
         assert module is not None
         fitting = module.trainer.state.fn == TrainerFn.FITTING
-        return checkpoints.load(
+        trainer, restored = checkpoints.load(
             self.parallel_model,
             self.optimizers if fitting else [],
             self.broadcast(checkpoint_path),
             strict=module.strict_loading,
-            weights_only=weights_only,
+            resume=fitting,
         )
+        if fitting:
+            self._positions = checkpoints.positions_of(trainer)
+            self._generators = restored.generators
+        return trainer
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Nothing to do: ``load_checkpoint`` has filled the parameters."""
