@@ -131,7 +131,7 @@ def convert(path: Path, out: Path, format: str, part: str = "") -> str:
             raise CheckpointError(
                 f"'{path}' has no weights of '{part}'\n  options: {' | '.join(sorted(parts))}"
             )
-        if out.exists() and (format == "file" or any(out.iterdir())):
+        if out.is_file() or (out.exists() and (format == "file" or any(out.iterdir()))):
             raise CheckpointError(f"'{out}' exists\n  options: another place | remove it first")
         infos = contents.tensors
         entries = [
