@@ -126,7 +126,8 @@ def data(batch: int, samples: int, shuffle: bool = False, workers: int = 0) -> D
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(VOCABULARY, (samples, LENGTH + 1), generator=generator)
     pairs = TensorDataset(ids[:, :-1], ids[:, 1:])
-    return DataLoader(pairs, batch_size=batch, shuffle=shuffle, num_workers=workers)
+    reading = {"num_workers": workers, "persistent_workers": workers > 0}
+    return DataLoader(pairs, batch_size=batch, shuffle=shuffle, **reading)
 
 
 def trainer(folder: str | Path, **options: Any) -> L.Trainer:

@@ -21,7 +21,7 @@ from .plain import decode
 from .shards import params_of
 from .storage import Wanted, read_into
 from .target import Item, Target
-from .training import device_of, finish_last, mesh_of, rank_of
+from .training import device_of, failures_of_last, local_path, mesh_of, rank_of
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ def load_training(
     Raises: CheckpointError on all ranks alike; before anything is changed, unless the disk fails.
     """
     groups = target.groups
-    finish_last(groups)
     problems = Problems(f"cannot load '{path}' into {type(target.module).__name__}", groups)
+    problems.failures += failures_of_last()
     plan = _Plan(Index(Path(path), "", {}), target, problems)
     rank, world = rank_of(groups)
     with problems.caught():
         check_safetensors()
-        plan = _Plan(Index.read(Path(path)), target, problems)
+        plan = _Plan(Index.read(local_path(path)), target, problems)
         problems.facts += plan.index.check_sizes()
         plan.want_model(strict)
         plan.want_optimizers(optimizers)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +52,7 @@ def read_into(index: Index, wanted: Mapping[str, Wanted]) -> None:
     Communication: none; each rank reads the bytes of its own boxes.
     Raises: CheckpointError that names the file.
     """
-    with warnings.catch_warnings(), Reader(index) as reader:
+    with warnings.catch_warnings(), Reader(index, wanted) as reader:
         # torch warns of a single process; ranks agree elsewhere, see ``Problems``.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
@@ -108,11 +108,14 @@ class Reader(StorageReader):
 
     Args:
         source: the folder, or its index when that has been read.
+        names: the tensors to describe to a planner; None for all of them.
     """
 
-    def __init__(self, source: str | os.PathLike[str] | Index) -> None:
+    def __init__(
+        self, source: str | os.PathLike[str] | Index, names: Iterable[str] | None = None
+    ) -> None:
         self.index = source if isinstance(source, Index) else Index.read(Path(source))
-        self.parts: dict[MetadataIndex, Stored] = {}
+        self.names = None if names is None else tuple(names)
         self._closing = ExitStack()
         self._opened: dict[str, Any] = {}
 
@@ -143,19 +146,12 @@ class Reader(StorageReader):
             self.index = Index.read(Path(checkpoint_id))
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        self.parts = {
-            MetadataIndex(name, torch.Size(part.box.start)): part
-            for name, info in self.index.tensors.items()
-            for part in info.parts
-        }
-        described: dict[str, Any] = {
-            name: TensorStorageMetadata(
-                TensorProperties(info.dtype),
-                torch.Size(info.shape),
-                [_chunk(part.box) for part in info.parts],
-            )
-            for name, info in self.index.tensors.items()
-        }
+        described: dict[str, Any] = {}
+        for name in self.index.tensors if self.names is None else self.names:
+            info = self.index.tensors[name]
+            chunks = [_chunk(part.box) for part in info.parts]
+            size = torch.Size(info.shape)
+            described[name] = TensorStorageMetadata(TensorProperties(info.dtype), size, chunks)
         return Metadata(described)
 
     def set_up_storage_reader(
@@ -171,7 +167,7 @@ class Reader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         for item in plan.items:
-            part = self.parts[item.storage_index]
+            part = self._part(item.storage_index)
             box = Box(tuple(item.storage_offsets), tuple(item.lengths))
             memory = planner.resolve_tensor(item).detach()
             memory.copy_(self.read(item.storage_index.fqn, part, box))
@@ -179,6 +175,13 @@ class Reader(StorageReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _part(self, where: MetadataIndex) -> Stored:
+        parts = self.index.tensors[where.fqn].parts
+        start = tuple(where.offset or ())
+        if where.index is not None and parts[where.index].box.start == start:
+            return parts[where.index]
+        return next(part for part in parts if part.box.start == start)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

@@ -56,15 +56,16 @@ def save_training(
         only: names of the model's tensors on this rank's stage to save; None for all of them.
         asynchronous: copy the tensors, and write them in a thread.
 
-    Communication: three all-gathers of objects over the world, and a broadcast of a token.
+    Communication: four all-gathers of objects over the world, or three if asynchronous; and a
+        broadcast of a token.
     Raises: CheckpointError on all ranks alike; also for what went wrong in the last asynchronous
         save, of which nobody has heard yet.
     """
-    place = Path(path).resolve()
+    place = local_path(path).resolve()
     groups = target.groups
     asked = f"cannot save {type(target.module).__name__} to '{path}'"
-    finish_last(groups)
     problems = Problems(asked, groups)
+    problems.failures += failures_of_last()
     content, shared, own, lock = Content(), None, None, None
     token = secrets.token_hex(6)
     with problems.caught():
@@ -102,14 +103,27 @@ def save_training(
     return saving
 
 
-def finish_last(groups: MeshGroups | None) -> None:
-    """Wait for the last asynchronous save of this process.
-
-    Communication: one all-gather of objects over the world, if there was one.
-    Raises: CheckpointError on all ranks alike for what went wrong in it.
-    """
+def failures_of_last() -> list[str]:
+    """Wait for the last asynchronous save of this process; return what nobody has heard of it."""
+    found = []
     while _latest:
-        _latest.pop().wait()
+        saving = _latest.pop()
+        saving.join()
+        found += [f"the save to '{saving.path}' failed: {what}" for what in saving.failures()]
+    return found
+
+
+def local_path(path: str | Path) -> Path:
+    """Return ``path``, which all ranks see under the same name.
+
+    Raises: CheckpointError for the address of something that is no file system.
+    """
+    if "://" in str(path):
+        raise CheckpointError(
+            f"'{path}' is not on a file system\n"
+            "  options: a folder that all ranks see | a mounted bucket"
+        )
+    return Path(path)
 
 
 def mesh_of(target: Target) -> dict[str, int]:

@@ -84,7 +84,8 @@ def save(
     for key in _HYPER:
         if key in rest:
             rest[key] = _sayable(rest[key], key)
-    extra = Extra({_TRAINER: rest}, _loaders(rest))
+    states = _loaders(rest) or []
+    extra = Extra({_TRAINER: rest}, None if all(map(is_position, states)) else states)
     chosen = [plain(o) for o in optimizers] if full else []
     return save_training(path, target, chosen, extra=extra, only=names, asynchronous=asynchronous)
 

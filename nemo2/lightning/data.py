@@ -37,6 +37,7 @@ class MeshSampler(Sampler[Any]):
         self.sampler, self.replicas, self.reader = sampler, replicas, reader
         self.order: dict[str, Any] | None = None
         self._resume: tuple[dict[str, Any], int, dict[str, Any]] | None = None
+        self._before: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def __len__(self) -> int:
         assert isinstance(self.sampler, Sized)
@@ -54,9 +55,24 @@ class MeshSampler(Sampler[Any]):
         """
         self.order, self._resume = order, (order, samples, generators)
 
+    def keep(self) -> None:
+        """Draw the next epoch's order from the generators as they are now, whatever comes first."""
+        own = self.generator
+        self._before = torch.get_rng_state(), None if own is None else own.get_state()
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """The user's own generator of the order."""
+        return getattr(self.sampler, "generator", None)
+
     def __iter__(self) -> Iterator[Any]:
         resume, self._resume = self._resume, None
-        own = getattr(self.sampler, "generator", None)
+        before, self._before = self._before, None
+        own = self.generator
+        if before is not None:
+            torch.set_rng_state(before[0])
+            if own is not None and before[1] is not None:
+                own.set_state(before[1])
         if resume is None:
             _share_generator()
             own_state = own.get_state() if own is not None else None
@@ -92,6 +108,7 @@ class Dealt(DataLoader[Any]):
     _delivered = 0  # batches, in this iteration
     _resumes = False
     _nothing_left = False
+    _resumed = False  # and no iterator has been made since
     _under_way: Callable[[], int]
 
     def __iter__(self) -> Any:
@@ -100,7 +117,13 @@ class Dealt(DataLoader[Any]):
         if resumes:
             return self._deliver(None)
         self._samples = 0
-        return self._deliver(super().__iter__())
+        return self._deliver(self._made())
+
+    def _made(self) -> Iterator[Any]:
+        resumed, self._resumed = self._resumed, False
+        if resumed and self.persistent_workers:  # without the resume they would live already
+            self.position.keep()
+        return super().__iter__()
 
     def _deliver(self, batches: Iterator[Any] | None) -> Iterator[Any]:
         if batches is None:
@@ -109,7 +132,7 @@ class Dealt(DataLoader[Any]):
                 return
             # Late: the Trainer may not use the iterator that it makes when it resumes, and making
             # one draws a random number.
-            batches = super().__iter__()
+            batches = self._made()
         for batch in batches:
             self._delivered += 1
             yield batch
@@ -153,7 +176,7 @@ class Dealt(DataLoader[Any]):
         """
         for generator, now in zip(self._generators(), state["now"], strict=False):
             generator.set_state(now)
-        self._resumes, self._nothing_left = True, where == "end"
+        self._resumes, self._resumed, self._nothing_left = True, True, where == "end"
         self._samples = 0
         if where != "inside" or state["order"] is None:
             return 0
@@ -179,7 +202,7 @@ class Dealt(DataLoader[Any]):
 
     def _generators(self) -> list[torch.Generator]:
         """Return the user's own generators of the loader and of its order."""
-        both = (getattr(self.position.sampler, "generator", None), self.generator)
+        both = (self.position.generator, self.generator)
         return list({id(g): g for g in both if g is not None}.values())
 
 

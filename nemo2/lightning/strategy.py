@@ -30,7 +30,6 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from ..checkpoint.saving import Saving
-from ..checkpoint.training import finish_last
 from ..errors import Nemo2Error
 from ..mesh.sizes import AXES, MeshSizes, fit_sizes
 from ..mesh.watchdog import Watchdog
@@ -261,8 +260,8 @@ class MegatronStrategy(ParallelStrategy):
         if failed and saving is not None:
             saving.give_up()
             saving.join()
-        elif self.parallel is not None:
-            finish_last(self.parallel.groups)
+        elif saving is not None:
+            saving.wait()
 
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other ranks, which may be waiting for this one, or say which one was lost."""
