@@ -166,12 +166,12 @@ def test_other_batches_workers_and_places_in_the_epoch(pool, tmp_path):
         (at[5], 5, {"max_steps": 8}),
     ]
     for number, (path, done, options) in enumerate(cases):
-        for strategy in ({"dp": 2}, {"dp": 1, "tp": 2}):
-            where = str(tmp_path / f"{number}{strategy}")
-            ranks = pool.run(2, run, where, strategy, 2, ckpt_path=path, **options)
-            stop = options["max_steps"] if options["max_steps"] > 0 else 8
-            assert order_of(ranks) == order[done:stop], (number, strategy)
-            assert ranks[0]["losses"] == pytest.approx(losses[done:stop], rel=1e-9)
+        strategy = ({"dp": 2}, {"dp": 1, "tp": 2})[number % 2]
+        where = str(tmp_path / str(number))
+        ranks = pool.run(2, run, where, strategy, 2, ckpt_path=path, **options)
+        stop = options["max_steps"] if options["max_steps"] > 0 else 8
+        assert order_of(ranks) == order[done:stop], (number, strategy)
+        assert ranks[0]["losses"] == pytest.approx(losses[done:stop], rel=1e-9)
     # A global batch of half the size: twice as many steps, in the same order.
     options = {"max_steps": -1, "max_epochs": 1, "total": GLOBAL // 2}
     ranks = pool.run(2, run, str(tmp_path / "half"), mesh, 2, ckpt_path=at[5], **options)
