@@ -116,7 +116,7 @@ class Saves(ModelCheckpoint):
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
         strategy: Any = trainer.strategy
-        if not strategy.asynchronous_save:
+        if not strategy._checkpoints.asynchronous:
             self.note.write(saved=trainer.global_step)
 
 

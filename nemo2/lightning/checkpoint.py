@@ -11,16 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from ..checkpoint import files
 from ..checkpoint.agree import Problems
 from ..checkpoint.plain import encode
-from ..checkpoint.restoring import Restored, load_training
+from ..checkpoint.restoring import load_training
 from ..checkpoint.saving import Saving
 from ..checkpoint.shards import OWN_OPTIONS
 from ..checkpoint.target import target_of
@@ -29,7 +30,8 @@ from ..errors import CheckpointError
 from ..model import ParallelModel
 from ..sharding.state import buffer_owner, persistent_buffers
 from ..sharding.storage import local_of
-from .data import is_position
+from .data import dealt, is_position
+from .resuming import go_on, under_way
 
 _TRAINER = "lightning"  # the Trainer's state in the extra of a checkpoint
 _HYPER = (LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, "datamodule_hyper_parameters")
@@ -51,92 +53,131 @@ def model_state(parallel: ParallelModel) -> dict[str, Tensor]:
 def optimizer_state(optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
     """Return the options of an optimizer's groups; its tensors go their own way."""
     hidden = ("params", *OWN_OPTIONS)
-    groups = plain(optimizer).param_groups
+    groups = _plain(optimizer).param_groups
     return {"param_groups": [{k: v for k, v in g.items() if k not in hidden} for g in groups]}
 
 
-def plain(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
+def _plain(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
     return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
-def save(
-    parallel: ParallelModel,
-    optimizers: Sequence[Optimizer | LightningOptimizer],
-    checkpoint: Mapping[str, Any],
-    path: str | Path,
-    *,
-    asynchronous: bool,
-) -> Saving:
-    """Write ``checkpoint``, as the Trainer made it, to the folder ``path``.
+class Checkpoints:
+    """The checkpoints of one strategy: the save under way, and where data goes on after a load.
 
-    Hooks may have taken names out of its ``state_dict``: these are not saved.
-
-    Communication: that of ``nemo2.save``, and an all-gather of objects over the world.
-    Raises: CheckpointError on all ranks alike.
+    Attributes:
+        asynchronous: whether saves are written in the background.
+        failed: whether training has failed, so that other ranks may be gone.
     """
-    rest = dict(checkpoint)
-    names = rest.pop("state_dict")
-    full = rest.pop("optimizer_states", None) is not None
-    target = target_of(parallel)
-    problems = Problems(f"cannot save the Trainer's state to '{path}'", parallel.groups)
-    problems.facts += _changed(names, parallel)
-    problems.raise_together()
-    for key in _HYPER:
-        if key in rest:
-            rest[key] = _sayable(rest[key], key)
-    states = _loaders(rest) or []
-    extra = Extra({_TRAINER: rest}, None if all(map(is_position, states)) else states)
-    chosen = [plain(o) for o in optimizers] if full else []
-    return save_training(path, target, chosen, extra=extra, only=names, asynchronous=asynchronous)
 
+    def __init__(self, asynchronous: bool) -> None:
+        self.asynchronous, self.failed = asynchronous, False
+        self._saving: Saving | None = None
+        self._positions: list[Any] = []  # of the training dataloaders
+        self._generators: dict[str, Any] = {}
 
-def load(
-    parallel: ParallelModel,
-    optimizers: Sequence[Optimizer | LightningOptimizer],
-    path: str | Path,
-    *,
-    strict: bool,
-    resume: bool,
-) -> tuple[dict[str, Any], Restored]:
-    """Fill parameters, buffers and optimizers from the folder ``path``.
+    def save(
+        self,
+        parallel: ParallelModel,
+        optimizers: Sequence[Optimizer | LightningOptimizer],
+        checkpoint: Mapping[str, Any],
+        path: str | Path,
+    ) -> None:
+        """Write ``checkpoint``, as the Trainer made it, to the folder ``path``.
 
-    Returns:
-        the Trainer's state, and what else was loaded.
+        Hooks may have taken names out of its ``state_dict``: these are not saved.
 
-    Communication: that of ``nemo2.load``.
-    Raises: CheckpointError on all ranks alike.
-    """
-    chosen = [plain(o) for o in optimizers]
-    restored = load_training(path, target_of(parallel), chosen, strict=strict, resume=resume)
-    extra = restored.loaded.extra
-    if not isinstance(extra, dict) or _TRAINER not in extra:
-        raise CheckpointError(
-            f"'{path}' has no Trainer's state: it was saved by nemo2.save\n"
-            "  options: nemo2.load(path, model) in on_fit_start, for the weights | nemo2.load(path,"
-            " model, optimizer=...) and your own loop"
+        Communication: that of ``nemo2.save``, and an all-gather of objects over the world.
+        Raises: CheckpointError on all ranks alike.
+        """
+        rest = dict(checkpoint)
+        names = rest.pop("state_dict")
+        full = rest.pop("optimizer_states", None) is not None
+        problems = Problems(f"cannot save the Trainer's state to '{path}'", parallel.groups)
+        problems.facts += _changed(names, parallel)
+        problems.raise_together()
+        for key in _HYPER:
+            if key in rest:
+                rest[key] = _sayable(rest[key], key)
+        states = _loaders(rest) or []
+        self._saving = save_training(
+            path,
+            target_of(parallel),
+            [_plain(o) for o in optimizers] if full else [],
+            extra=Extra({_TRAINER: rest}, None if all(map(is_position, states)) else states),
+            only=names,
+            asynchronous=self.asynchronous,
         )
-    trainer: dict[str, Any] = extra[_TRAINER]
-    if not resume:
-        return trainer, restored
-    if restored.own is not None:
-        _set_loaders(trainer, restored.own)
-    elif any(not is_position(state) for state in _loaders(trainer) or ()):
-        raise CheckpointError(
-            f"cannot go on from '{path}' on another mesh: a dataloader with its own state_dict"
-            " says what one rank has read\n"
-            "  options: the same mesh | a map-style dataset in a torch DataLoader, whose samples"
-            " are dealt out"
-        )
-    return trainer, restored
 
+    def load(
+        self,
+        parallel: ParallelModel,
+        optimizers: Sequence[Optimizer | LightningOptimizer],
+        path: str | Path,
+        *,
+        strict: bool,
+        resume: bool,
+    ) -> dict[str, Any]:
+        """Fill parameters, buffers and optimizers from the folder ``path``.
 
-def remove(path: str | Path, pending: Saving | None) -> None:
-    """Remove a checkpoint, but not before the save under way has made another one."""
-    now = partial(files.remove, Path(path))
-    if pending is None:
-        now()
-    else:
-        pending.then(now)
+        Returns:
+            the Trainer's state.
+
+        Communication: that of ``nemo2.load``.
+        Raises: CheckpointError on all ranks alike.
+        """
+        chosen = [_plain(o) for o in optimizers]
+        restored = load_training(path, target_of(parallel), chosen, strict=strict, resume=resume)
+        extra = restored.loaded.extra
+        if not isinstance(extra, dict) or _TRAINER not in extra:
+            raise CheckpointError(
+                f"'{path}' has no Trainer's state: it was saved by nemo2.save\n"
+                "  options: nemo2.load(path, model) in on_fit_start, for the weights |"
+                " nemo2.load(path, model, optimizer=...) and your own loop"
+            )
+        trainer: dict[str, Any] = extra[_TRAINER]
+        self._positions = []
+        if resume:
+            if restored.own is not None:
+                _fit_state(trainer)["combined_loader"] = restored.own
+            states = _loaders(trainer) or []
+            self._positions = [state for state in states if is_position(state)]
+            self._generators = restored.generators
+            if restored.own is None and len(self._positions) < len(states):
+                raise CheckpointError(
+                    f"cannot go on from '{path}' on another mesh: a dataloader with its own"
+                    " state_dict says what one rank has read\n"
+                    "  options: the same mesh | a map-style dataset in a torch DataLoader, whose"
+                    " samples are dealt out"
+                )
+        return trainer
+
+    def followed(self, trainer: Trainer, loader: DataLoader[Any]) -> DataLoader[Any]:
+        """Return a training loader that knows where it stands, and goes on where it was saved."""
+        made = dealt(loader, partial(under_way, trainer))
+        if self._positions and trainer.fit_loop.is_resuming:
+            go_on(trainer, made, self._positions.pop(0), self._generators)
+        return made
+
+    def remove(self, path: str | Path) -> None:
+        """Remove a checkpoint, but not before the save under way has made another one."""
+        now = partial(files.remove, Path(path))
+        if self._saving is None:
+            now()
+        else:
+            self._saving.then(now)
+
+    def end(self) -> None:
+        """Wait for a save under way; after a failure only for this rank's part of it.
+
+        Communication: one all-gather of objects over the world, if there was one.
+        """
+        saving, failed = self._saving, self.failed
+        self._saving, self.failed = None, False
+        if saving is not None and failed:
+            saving.give_up()
+            saving.join()
+        elif saving is not None and self.asynchronous:
+            saving.wait()
 
 
 def _changed(names: Mapping[str, Any], parallel: ParallelModel) -> list[str]:
@@ -179,12 +220,3 @@ def _fit_state(trainer: Mapping[str, Any]) -> dict[str, Any]:
 def _loaders(trainer: Mapping[str, Any]) -> list[Any] | None:
     """Return the states of the training dataloaders that have one."""
     return _fit_state(trainer).get("combined_loader")
-
-
-def _set_loaders(trainer: Mapping[str, Any], states: list[Any]) -> None:
-    _fit_state(trainer)["combined_loader"] = states
-
-
-def positions_of(trainer: Mapping[str, Any]) -> list[Any]:
-    """Return where each training dataloader was whose samples are dealt out."""
-    return [state for state in _loaders(trainer) or () if is_position(state)]

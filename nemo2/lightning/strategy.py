@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,19 +28,17 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from ..checkpoint.saving import Saving
 from ..errors import Nemo2Error
 from ..mesh.sizes import AXES, MeshSizes, fit_sizes
 from ..mesh.watchdog import Watchdog
 from ..model import ParallelModel
 from ..options import Options
 from ..parallelize import parallelize
-from . import checkpoint as checkpoints
-from .data import MeshSampler, can_deal, dealt
+from .checkpoint import Checkpoints, model_state, optimizer_state
+from .data import MeshSampler, can_deal
 from .launcher import Launcher
 from .logs import EQUAL
 from .precision import Bf16Masters, supported
-from .resuming import go_on, under_way
 from .steps import (
     clip_by_norm,
     clip_by_value,
@@ -93,7 +90,6 @@ class MegatronStrategy(ParallelStrategy):
     ) -> None:
         _check_options(options, cp)
         super().__init__()
-        self.asynchronous_save = asynchronous_save
         self.asked = {"pp": pp, "dp": dp, "cp": cp, "tp": tp}
         self.options = options
         self.num_nodes = 1
@@ -101,10 +97,7 @@ class MegatronStrategy(ParallelStrategy):
         self.watchdog: Watchdog | None = None
         self._mesh: DeviceMesh | None = None
         self._deals_samples: bool | None = None
-        self._saving: Saving | None = None
-        self._positions: list[Any] = []  # of the training dataloaders, in a checkpoint
-        self._generators: dict[str, Any] = {}
-        self._failed = False
+        self._checkpoints = Checkpoints(asynchronous_save)
 
     # --- who and where
 
@@ -202,7 +195,6 @@ class MegatronStrategy(ParallelStrategy):
             connector.use_distributed_sampler = False
         module = self.lightning_module
         assert module is not None
-        self._positions = []
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and not module.automatic_optimization:
             raise Nemo2Error(
@@ -243,7 +235,7 @@ class MegatronStrategy(ParallelStrategy):
         """Nothing to do: splitting the model moves it."""
 
     def teardown(self) -> None:
-        self._end_saving()
+        self._checkpoints.end()
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()
@@ -253,19 +245,9 @@ class MegatronStrategy(ParallelStrategy):
             self.watchdog.stop()
             self.watchdog = None
 
-    def _end_saving(self) -> None:
-        """Wait for a save under way; after a failure only for this rank's part of it."""
-        saving, failed = self._saving, self._failed
-        self._saving, self._failed = None, False
-        if failed and saving is not None:
-            saving.give_up()
-            saving.join()
-        elif saving is not None:
-            saving.wait()
-
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other ranks, which may be waiting for this one, or say which one was lost."""
-        self._failed = True
+        self._checkpoints.failed = True
         watchdog = self.watchdog
         if watchdog is None:
             return
@@ -338,14 +320,8 @@ class MegatronStrategy(ParallelStrategy):
             if inner is not None:
                 inner.sampler = sampler
             return dataloader
-        made = _update_dataloader(dataloader, sampler)
-        trainer = self.lightning_module.trainer
-        if not trainer.training:
-            return made
-        made = dealt(made, partial(under_way, trainer))
-        if self._positions:
-            go_on(trainer, made, self._positions.pop(0), self._generators)
-        return made
+        trainer, made = self.lightning_module.trainer, _update_dataloader(dataloader, sampler)
+        return self._checkpoints.followed(trainer, made) if trainer.training else made
 
     # --- communication
 
@@ -395,28 +371,23 @@ class MegatronStrategy(ParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return name -> DTensor or buffer, of what this rank's stage owns."""
-        return checkpoints.model_state(self.parallel_model)
+        return model_state(self.parallel_model)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the groups' options: ``save_checkpoint`` takes the state itself."""
-        return checkpoints.optimizer_state(optimizer)
+        return optimizer_state(optimizer)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
         if storage_options is not None:
             raise Nemo2Error("MegatronStrategy writes checkpoints itself: no storage_options")
-        self._saving = checkpoints.save(
-            self.parallel_model,
-            self.optimizers,
-            checkpoint,
-            self.broadcast(filepath),
-            asynchronous=self.asynchronous_save,
-        )
+        path = self.broadcast(filepath)
+        self._checkpoints.save(self.parallel_model, self.optimizers, checkpoint, path)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if self.is_global_zero:
-            checkpoints.remove(filepath, self._saving)
+            self._checkpoints.remove(filepath)
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
@@ -424,17 +395,13 @@ class MegatronStrategy(ParallelStrategy):
         module = self.lightning_module
         assert module is not None
         fitting = module.trainer.state.fn == TrainerFn.FITTING
-        trainer, restored = checkpoints.load(
+        return self._checkpoints.load(
             self.parallel_model,
             self.optimizers if fitting else [],
             self.broadcast(checkpoint_path),
             strict=module.strict_loading,
             resume=fitting,
         )
-        if fitting:
-            self._positions = checkpoints.positions_of(trainer)
-            self._generators = restored.generators
-        return trainer
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Nothing to do: ``load_checkpoint`` has filled the parameters."""
