@@ -1,4 +1,4 @@
-"""``python -m nemo2 verify module:build --batch module:batch --loss module:loss --mesh tp=2``."""
+"""``python -m nemo2 verify ...`` and ``python -m nemo2 checkpoint show|diff|convert ...``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .verify import verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 equal, 1 different, 2 for a user error."""
+    """Run a command; returns the exit status: 0 equal or done, 1 different, 2 for a user error."""
     parser = argparse.ArgumentParser(prog="python -m nemo2", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("verify", help="compare a model on a mesh with one device")
@@ -31,26 +32,66 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("--rtol", type=float)
     check.add_argument("--data-parallel", default="fsdp", choices=("ddp", "zero1", "fsdp"))
     check.add_argument("--microbatches", type=int, default=1)
+    _add_checkpoint(commands)
     args = parser.parse_args(argv)
-    sys.path.insert(0, "")
     try:
-        batch = _load(args.batch)
-        report = verify(
-            _load(args.build),
-            batch() if callable(batch) else batch,
-            _load(args.loss),
-            args.mesh,
-            device=args.device,
-            dtype=getattr(torch, args.dtype),
-            rtol=args.rtol,
-            data_parallel=args.data_parallel,
-            pipeline=Pipeline(microbatches=args.microbatches),
-        )
+        return _verify(args) if args.command == "verify" else _checkpoint(args)
     except Nemo2Error as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+
+
+def _verify(args: argparse.Namespace) -> int:
+    sys.path.insert(0, "")
+    batch = _load(args.batch)
+    report = verify(
+        _load(args.build),
+        batch() if callable(batch) else batch,
+        _load(args.loss),
+        args.mesh,
+        device=args.device,
+        dtype=getattr(torch, args.dtype),
+        rtol=args.rtol,
+        data_parallel=args.data_parallel,
+        pipeline=Pipeline(microbatches=args.microbatches),
+    )
     print(report)
     return 0 if report.ok else 1
+
+
+def _add_checkpoint(commands: Any) -> None:
+    about = commands.add_parser("checkpoint", help="look into checkpoints, and convert them")
+    doing = about.add_subparsers(dest="doing", required=True)
+    show = doing.add_parser("show", help="names, shapes, sizes; whether its files are whole")
+    show.add_argument("path", type=Path)
+    show.add_argument("--check", action="store_true", help="read all files for their checksums")
+    diff = doing.add_parser("diff", help="what differs; exit status 1 if something does")
+    diff.add_argument("path", type=Path)
+    diff.add_argument("other", type=Path)
+    convert = doing.add_parser("convert", help="the weights as safetensors")
+    convert.add_argument("path", type=Path)
+    convert.add_argument("out", type=Path)
+    convert.add_argument(
+        "--format",
+        default="safetensors",
+        choices=("safetensors", "file"),
+        help="a Hugging Face folder, or one file",
+    )
+    convert.add_argument("--part", default="", help="a module of the model: only its weights")
+
+
+def _checkpoint(args: argparse.Namespace) -> int:
+    from .checkpoint import tools
+
+    if args.doing == "show":
+        print(tools.show(args.path, check=args.check))
+    elif args.doing == "convert":
+        print(tools.convert(args.path, args.out, args.format, args.part))
+    else:
+        found = tools.diff(args.path, args.other)
+        print(found or "equal")
+        return 1 if found else 0
+    return 0
 
 
 def _load(text: str) -> Any:

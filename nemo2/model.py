@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from .pytree import tree_flatten, tree_unflatten
 from .sharding.borrow import Loan, give_back, lent, make_loans
 from .sharding.data_parallel import DataParallelRun
 from .sharding.dropout import Forward, begin, drawing, seed_of
-from .sharding.fused import in_rank_order, is_fused
+from .sharding.fused import in_rank_order
 from .sharding.reduce import gradient, norm_of, reduce_gradients, scale_gradients
 from .sharding.state import copy_into, gather_params, whole_if_fused
 from .sharding.storage import Storage, local_of, refuse_uses_outside
@@ -139,13 +139,6 @@ class ParallelModel(nn.Module):
         for name, buffer in self.module.named_buffers():
             if name in state:
                 buffer.copy_(state[name])
-
-    def take_fused(self, state: Mapping[str, Tensor]) -> None:
-        """Copy the fused projections of a ``state_dict`` that was filled into this rank's parts."""
-        for entry in self.storage:
-            if is_fused(entry.plan) and entry.name in state:
-                whole = local_of(state[entry.name])
-                copy_into(entry.view, in_rank_order(whole, entry.plan, self.groups.sizes.tp))
 
     # --- running
 

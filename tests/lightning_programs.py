@@ -110,6 +110,11 @@ class Record(L.Callback):
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.seen: list[dict[str, float]] = []
+        self.samples: list[list[int]] = []  # each batch's, of this rank
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, at: int) -> None:
+        powers = VOCABULARY ** torch.arange(LENGTH, device=batch[0].device)
+        self.samples.append((batch[0] * powers).sum(1).tolist())
 
     def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
         metrics = {n: float(v) for n, v in trainer.callback_metrics.items()}
@@ -117,10 +122,12 @@ class Record(L.Callback):
         self.seen.append(metrics)
 
 
-def data(batch: int, samples: int, shuffle: bool = False) -> DataLoader[Any]:
+def data(batch: int, samples: int, shuffle: bool = False, workers: int = 0) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(VOCABULARY, (samples, LENGTH + 1), generator=generator)
-    return DataLoader(TensorDataset(ids[:, :-1], ids[:, 1:]), batch_size=batch, shuffle=shuffle)
+    pairs = TensorDataset(ids[:, :-1], ids[:, 1:])
+    reading = {"num_workers": workers, "persistent_workers": workers > 0}
+    return DataLoader(pairs, batch_size=batch, shuffle=shuffle, **reading)
 
 
 def trainer(folder: str | Path, **options: Any) -> L.Trainer:
@@ -161,6 +168,7 @@ def fit(
     build: Callable[[], L.LightningModule] = Lit,
     ckpt_path: str | None = None,
     shuffle: bool = False,
+    workers: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
     """Train; return what the Trainer saw on this rank."""
@@ -171,7 +179,8 @@ def fit(
     made = trainer(folder, callbacks=[record, *options.pop("callbacks", [])], **options)
     torch.manual_seed(1)
     module = build()
-    made.fit(module, data(batch, samples, shuffle), data(batch, 16), ckpt_path=ckpt_path)
+    loader = data(batch, samples, shuffle, workers)
+    made.fit(module, loader, data(batch, 16), ckpt_path=ckpt_path)
     fitted = {n: float(v) for n, v in made.callback_metrics.items()}
     (validated,) = made.validate(module, data(batch, 16), verbose=False)
     checkpoint = made.checkpoint_callback
@@ -180,6 +189,7 @@ def fit(
         "names": sorted(n for n, _ in module.named_parameters()),
         "losses": record.losses,
         "seen": record.seen,
+        "samples": record.samples,
         "fitted": fitted,
         "logged": {n: float(v) for n, v in made.logged_metrics.items()},
         "validated": validated,

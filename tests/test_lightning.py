@@ -372,7 +372,7 @@ def refused(folder: str, build: type[L.LightningModule], **options: Any) -> str:
     [
         (Manual, {"gradient_clip_val": None}, "manual optimization"),
         (Silent, {}, "training_step returned no loss"),
-        (Lit, {"ckpt_path": "missing.ckpt"}, "expected a folder with meta.pt"),
+        (Lit, {"ckpt_path": "missing.ckpt"}, "there is no folder 'missing.ckpt'"),
     ],
 )
 def test_what_cannot_run_is_refused_on_all_ranks(

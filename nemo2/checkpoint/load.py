@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,8 @@ from .names import Match, Source, match
 from .target import Item, Target
 
 _SHOWN = 8
-_LENIENT = (
-    "options: strict=False keeps what is missing and drops what is unexpected"
-    " | the names of today: hf_model.save_pretrained(path, save_original_format=False)"
-)
+LENIENT = "options: strict=False keeps what is missing and drops what is unexpected"
+_NAMES = " | the names of today: hf_model.save_pretrained(path, save_original_format=False)"
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What ``load`` has left out.
+    """What ``load`` has left out, and what was saved beside the tensors.
 
     Attributes:
         missing: parameters and buffers that the file does not have; they are as they were.
         unexpected: tensors of the file that the model does not have.
+        extra: what ``save`` was given.
     """
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+    extra: Any = None
 
 
 def load_folder(path: str | Path, target: Target, *, strict: bool) -> Loaded:
@@ -64,8 +65,9 @@ def load_folder(path: str | Path, target: Target, *, strict: bool) -> Loaded:
             folder = stack.enter_context(Folder(path))
             found = match(folder.files, [item.names for item in target.items], target.module)
             if strict and (found.missing or found.unexpected):
-                problems.facts += _left_out(found, len(target.items))
-                problems.options = _LENIENT + _part_option(found)
+                count = len(target.items)
+                problems.facts += left_out(found.missing, found.unexpected, count, "file")
+                problems.options = LENIENT + _NAMES + _part_option(found)
             for item in target.items:
                 if item.local is not None and item.name in found.sources:
                     plans.append((item, _checked(item, found.sources[item.name], folder, problems)))
@@ -166,13 +168,15 @@ def _equal(item: Item, a: Sequence[Piece], b: Sequence[Piece], folder: Folder) -
     return torch.equal(one, other)
 
 
-def _left_out(found: Match, count: int) -> list[str]:
+def left_out(
+    missing: Sequence[str], unexpected: Sequence[str], count: int, where: str
+) -> list[str]:
+    """Return what to say of names that only the model, of ``count`` tensors, or the file has."""
     facts = []
-    if found.missing:
-        shown = _some(found.missing)
-        facts.append(f"missing in the file, {len(found.missing)} of {count}: {shown}")
-    if found.unexpected:
-        facts.append(f"unexpected in the file, {len(found.unexpected)}: {_some(found.unexpected)}")
+    if missing:
+        facts.append(f"missing in the {where}, {len(missing)} of {count}: {_some(missing)}")
+    if unexpected:
+        facts.append(f"unexpected in the {where}, {len(unexpected)}: {_some(unexpected)}")
     return facts
 
 

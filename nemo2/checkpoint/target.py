@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,10 @@ class Item:
         local: this rank's memory of it, None on stages without it; ``parts`` say which boxes of
             the whole tensor that is.
         whole: returns the whole tensor; the owner's ranks call it together.
+        copy: which of the ``copies`` of this memory, on the ranks of the owner's stage, it is; a
+            copy that is never to be saved has a number past them.
+        param: what an optimizer has of it, None for buffers and on stages without it; ``wrap``
+            makes a tensor of the layout of ``local`` what an optimizer keeps.
     """
 
     names: tuple[str, ...]
@@ -38,6 +43,10 @@ class Item:
     local: Tensor | None
     parts: tuple[Part, ...]
     whole: Callable[[], Tensor]
+    copy: int = 0
+    copies: int = 1
+    param: nn.Parameter | None = None
+    wrap: Callable[[Tensor], Tensor] = lambda local: local
 
     @property
     def name(self) -> str:
@@ -56,6 +65,7 @@ class Target:
         module: the user's; ``items`` in the order of the unsplit model, the same on all ranks.
         groups: None for a model on one device.
         stage: this rank's pipeline rank; ``writes``: whether this rank writes for its stage.
+        parallel: the model that the module is in, None for one on one device.
     """
 
     module: nn.Module
@@ -63,6 +73,7 @@ class Target:
     groups: MeshGroups | None
     stage: int
     writes: bool
+    parallel: ParallelModel | None = None
 
     @property
     def first(self) -> bool:
@@ -85,7 +96,7 @@ def target_of(model: nn.Module) -> Target:
     where = (groups.tp_rank, groups.dp_rank, groups.cp_rank)
     items = _part_of(_param_items(parallel) + _buffer_items(parallel), name)
     module = parallel.module.get_submodule(name)
-    return Target(module, items, groups, groups.pp_rank, where == (0, 0, 0))
+    return Target(module, items, groups, groups.pp_rank, where == (0, 0, 0), parallel)
 
 
 def _part_of(items: tuple[Item, ...], module: str) -> tuple[Item, ...]:
@@ -108,8 +119,23 @@ def _param_items(model: ParallelModel) -> tuple[Item, ...]:
         parts = () if entry is None else _parts(entry, model)
         names = (param.name, *param.aliases)
         whole = _gathering(entry, model)
-        items.append(Item(names, param.shape, param.dtype, param.ranks[0], local, parts, whole))
+        made = Item(names, param.shape, param.dtype, param.ranks[0], local, parts, whole)
+        if entry is not None:
+            copy, copies = _copy_of(entry, model)
+            wrap = partial(entry.wrap, mesh=model.storage.mesh)
+            made = replace(made, copy=copy, copies=copies, param=entry.view, wrap=wrap)
+        items.append(made)
     return tuple(items)
+
+
+def _copy_of(entry: Entry, model: ParallelModel) -> tuple[int, int]:
+    """Return which copy of its part of a parameter this rank has, and how many there are."""
+    mesh, copy, copies = model.storage.mesh, 0, 1
+    for dim, placement in enumerate(entry.placements):
+        if placement.is_replicate():
+            copy = copy * mesh.size(dim) + mesh.get_local_rank(dim)
+            copies *= mesh.size(dim)
+    return copy, copies
 
 
 def _parts(entry: Entry, model: ParallelModel) -> tuple[Part, ...]:
@@ -129,8 +155,11 @@ def _gathering(entry: Entry | None, model: ParallelModel) -> Callable[[], Tensor
 
 
 def _buffer_items(model: ParallelModel) -> tuple[Item, ...]:
+    """Return the buffers; ranks may have different values, and the first one's count."""
+    groups = model.groups
+    copy = int((groups.tp_rank, groups.dp_rank, groups.cp_rank) != (0, 0, 0))
     return tuple(
-        _held_whole(names, buffer, buffer_owner(model.plan, names[0]))
+        replace(_held_whole(names, buffer, buffer_owner(model.plan, names[0])), copy=copy)
         for names, buffer in _by_identity(persistent_buffers(model.module, aliases=True))
     )
 
@@ -145,7 +174,11 @@ def _plain_items(model: nn.Module) -> tuple[Item, ...]:
             f"cannot save or load {type(model).__name__}: '{odd}' is {kind}\n"
             "  options: give the ParallelModel that parallelize returns | a module with values"
         )
-    return tuple(_held_whole(names, t.detach(), 0) for names, t in _by_identity(tensors))
+    items = []
+    for names, tensor in _by_identity(tensors):
+        param = tensor if isinstance(tensor, nn.Parameter) else None
+        items.append(replace(_held_whole(names, tensor.detach(), 0), param=param))
+    return tuple(items)
 
 
 def _held_whole(names: tuple[str, ...], tensor: Tensor, owner: int) -> Item:

@@ -1,35 +1,40 @@
-"""Checkpoints of a run: a folder with tensors by torch.distributed.checkpoint, and metadata.
+"""Checkpoints of a Trainer: nemo2's own, with the Trainer's state as plain data beside the tensors.
 
-Tensors are saved under original parameter names, each by the first stage that holds it, and so
-can be read on another mesh. The metadata (loops, callbacks, schedulers, hyperparameters) is read
-with ``torch.load(weights_only=True)``; the index of the tensors is torch's own and pickled.
+Loops, callbacks, schedulers and hyperparameters are in JSON: what that cannot hold is refused,
+or, of hyperparameters, left out with a warning, because nothing goes on from them.
 """
 
 from __future__ import annotations
 
-import pickle
-import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
-from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
+from ..checkpoint import files
+from ..checkpoint.agree import Problems
+from ..checkpoint.plain import encode
+from ..checkpoint.restoring import load_training
+from ..checkpoint.saving import Saving
+from ..checkpoint.shards import OWN_OPTIONS
+from ..checkpoint.target import target_of
+from ..checkpoint.training import Extra, save_training
 from ..errors import CheckpointError
 from ..model import ParallelModel
 from ..sharding.state import buffer_owner, persistent_buffers
-from ..sharding.storage import Entry, local_of
+from ..sharding.storage import local_of
+from .data import dealt, is_position
+from .resuming import go_on, under_way
 
-METADATA = "meta.pt"  # the names that Lightning's own sharded checkpoints use
-RUN = "nemo2"
+_TRAINER = "lightning"  # the Trainer's state in the extra of a checkpoint
+_HYPER = (LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, "datamodule_hyper_parameters")
 
 
 def model_state(parallel: ParallelModel) -> dict[str, Tensor]:
@@ -45,220 +50,173 @@ def model_state(parallel: ParallelModel) -> dict[str, Tensor]:
     }
 
 
-def optimizer_state(
-    parallel: ParallelModel, optimizer: Optimizer | LightningOptimizer
-) -> dict[str, Any]:
-    """Return the state of one optimizer by parameter name, and its groups without parameters."""
-    optimizer = _plain(optimizer)
-    state = {}
-    for entry in _entries(parallel, optimizer):
-        if parallel.groups.pp_rank == entry.plan.ranks[0]:
-            state[entry.name] = dict(optimizer.state.get(entry.view, {}))
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    return {"state": state, "param_groups": groups}
-
-
-def save(parallel: ParallelModel, checkpoint: dict[str, Any], filepath: Any) -> None:
-    """Write ``checkpoint``, as the Trainer made it, to the folder ``filepath``.
-
-    Communication: that of torch.distributed.checkpoint, over the world.
-    """
-    path = Path(filepath)
-    if dist.get_rank() == 0:
-        if path.is_file():
-            path.unlink()
-        elif (path / METADATA).is_file():
-            shutil.rmtree(path)
-        path.mkdir(parents=True, exist_ok=True)
-    dist.barrier(group=parallel.groups.world)
-    checkpoint = dict(checkpoint)
-    tensors: dict[str, Any] = {"state_dict": checkpoint.pop("state_dict")}
-    groups, others = [], []
-    for i, given in enumerate(checkpoint.pop("optimizer_states", [])):
-        tensors[f"optimizer_{i}"] = {
-            "state": {
-                name: {k: v for k, v in values.items() if isinstance(v, Tensor)}
-                for name, values in given["state"].items()
-            }
-        }
-        groups.append(given["param_groups"])
-        others.append(
-            {
-                name: {k: _described(v) for k, v in values.items()}
-                for name, values in given["state"].items()
-            }
-        )
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, others)
-    merged = [{n: v for part in everyone for n, v in part[i].items()} for i in range(len(others))]
-    save_tensors(tensors, checkpoint_id=path)
-    if dist.get_rank() == 0:
-        checkpoint[RUN] = {
-            "steps": parallel.steps,
-            "seed": parallel.seed,
-            "param_groups": groups,
-            "optimizer_values": merged,
-        }
-        torch.save(checkpoint, path / METADATA)
-    dist.barrier(group=parallel.groups.world)
-
-
-def load(
-    parallel: ParallelModel,
-    optimizers: Sequence[Optimizer],
-    filepath: Any,
-    *,
-    strict: bool,
-    weights_only: bool | None,
-) -> dict[str, Any]:
-    """Fill parameters, buffers and optimizers from the folder ``filepath``; return the metadata.
-
-    Raises: CheckpointError on all ranks alike for what is missing.
-    Communication: that of torch.distributed.checkpoint, over the world.
-    """
-    path = Path(filepath)
-    problems: list[str] = []
-    metadata: dict[str, Any] = {}
-    run: dict[str, Any] = {}
-    target: dict[str, Any] = {}
-    try:
-        metadata = _read_metadata(path, weights_only)
-        run = metadata.get(RUN, {})
-        saved = FileSystemReader(path).read_metadata().state_dict_metadata
-        target, problems = _target(parallel, optimizers, run, saved, strict)
-    except CheckpointError as error:
-        problems = [str(error)]
-    _raise_together(path, problems)
-    load_tensors(target, checkpoint_id=path)
-    parallel.take_fused(target["state_dict"])
-    for i, optimizer in enumerate(optimizers):
-        _fill_optimizer(parallel, optimizer, i, run, target)
-    parallel.steps, parallel.seed = run["steps"], run["seed"]
-    return metadata
-
-
-def _target(
-    parallel: ParallelModel,
-    optimizers: Sequence[Optimizer],
-    run: Mapping[str, Any],
-    saved: Mapping[str, Any],
-    strict: bool,
-) -> tuple[dict[str, Any], list[str]]:
-    """Return the tensors to read into, and what is missing."""
-    wanted: dict[str, Tensor] = dict(parallel.state_dict()) | persistent_buffers(parallel.module)
-    missing = [n for n in wanted if f"state_dict.{n}" not in saved]
-    problems = [f"no tensor for '{n}'" for n in missing] if strict else []
-    model = {n: t for n, t in wanted.items() if n not in missing}
-    for name, tensor in model.items():
-        size = tuple(saved[f"state_dict.{name}"].size)
-        if size != tuple(tensor.shape):
-            problems.append(f"'{name}' has shape {tuple(tensor.shape)}, the checkpoint {size}")
-    target: dict[str, Any] = {"state_dict": model}
-    values = run.get("optimizer_values", [])
-    if optimizers and len(values) != len(optimizers):
-        problems.append(f"{len(optimizers)} optimizers, the checkpoint has {len(values)}")
-        return target, problems
-    for i, optimizer in enumerate(optimizers):
-        groups = run["param_groups"][i]
-        if len(groups) != len(optimizer.param_groups):
-            problems.append(
-                f"optimizer {i} has {len(optimizer.param_groups)} parameter groups, "
-                f"the checkpoint {len(groups)}"
-            )
-        state: dict[str, dict[str, Tensor]] = {}
-        for entry in _entries(parallel, optimizer):
-            for key, value in values[i].get(entry.name, {}).items():
-                if isinstance(value, _TENSORS):
-                    item = saved[f"optimizer_{i}.state.{entry.name}.{key}"]
-                    made = _empty(parallel, entry, value, item)
-                    state.setdefault(entry.name, {})[key] = made
-        target[f"optimizer_{i}"] = {"state": state}
-    return target, problems
-
-
-_TENSORS = str  # how a tensor is described: "like the parameter" or "plain"
-
-
-def _described(value: Any) -> Any:
-    """Return a number as it is, and for a tensor how it is laid out."""
-    if isinstance(value, DTensor):
-        return "like the parameter"
-    if isinstance(value, Tensor):
-        return "plain"
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    raise CheckpointError(
-        f"cannot save optimizer state of type {type(value).__name__}: only tensors and numbers are"
-    )
-
-
-def _empty(parallel: ParallelModel, entry: Entry, described: str, saved: Any) -> Tensor:
-    dtype = saved.properties.dtype
-    if described == "plain":
-        return torch.empty(tuple(saved.size), dtype=dtype)
-    return entry.wrap(torch.empty_like(entry.local, dtype=dtype), parallel.storage.mesh)
-
-
-def _fill_optimizer(
-    parallel: ParallelModel,
-    optimizer: Optimizer,
-    index: int,
-    run: Mapping[str, Any],
-    target: Mapping[str, Any],
-) -> None:
-    group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
-    for entry in _entries(parallel, optimizer):
-        group = group_of[id(entry.view)]
-        on_device = group.get("capturable") or group.get("fused")
-        state: dict[str, Any] = {}
-        for key, value in run["optimizer_values"][index].get(entry.name, {}).items():
-            state[key] = value
-            if isinstance(value, _TENSORS):
-                read = target[f"optimizer_{index}"]["state"][entry.name][key]
-                moves = not isinstance(read, DTensor) and (on_device or key != "step")
-                state[key] = read.to(local_of(entry.view).device) if moves else read
-        if state:
-            optimizer.state[entry.view] = state
-    for group, saved in zip(optimizer.param_groups, run["param_groups"][index], strict=True):
-        group.update(saved)
-
-
-def _read_metadata(path: Path, weights_only: bool | None) -> dict[str, Any]:
-    file = path / METADATA
-    if not file.is_file():
-        kind = (
-            "a file"
-            if path.is_file()
-            else "no folder"
-            if not path.exists()
-            else "a folder without it"
-        )
-        raise CheckpointError(
-            f"expected a folder with {METADATA}, as MegatronStrategy saves it; found {kind}"
-        )
-    try:
-        return torch.load(file, map_location="cpu", weights_only=weights_only)  # type: ignore[no-any-return]
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{METADATA} holds objects that are not plain data ({reason})\n"
-            "  options: if you trust the file, set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 | "
-            "save plain hyperparameters"
-        ) from error
-
-
-def _raise_together(path: Path, problems: list[str]) -> None:
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, problems)
-    found = list(dict.fromkeys(p for part in everyone for p in part))
-    if found:
-        raise CheckpointError(f"cannot load '{path}':\n" + "\n".join(f"  {p}" for p in found))
-
-
-def _entries(parallel: ParallelModel, optimizer: Optimizer) -> list[Entry]:
-    chosen = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [e for e in parallel.storage if id(e.view) in chosen]
+def optimizer_state(optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
+    """Return the options of an optimizer's groups; its tensors go their own way."""
+    hidden = ("params", *OWN_OPTIONS)
+    groups = _plain(optimizer).param_groups
+    return {"param_groups": [{k: v for k, v in g.items() if k not in hidden} for g in groups]}
 
 
 def _plain(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
     return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+class Checkpoints:
+    """The checkpoints of one strategy: the save under way, and where data goes on after a load.
+
+    Attributes:
+        asynchronous: whether saves are written in the background.
+        failed: whether training has failed, so that other ranks may be gone.
+    """
+
+    def __init__(self, asynchronous: bool) -> None:
+        self.asynchronous, self.failed = asynchronous, False
+        self._saving: Saving | None = None
+        self._positions: list[Any] = []  # of the training dataloaders
+        self._generators: dict[str, Any] = {}
+
+    def save(
+        self,
+        parallel: ParallelModel,
+        optimizers: Sequence[Optimizer | LightningOptimizer],
+        checkpoint: Mapping[str, Any],
+        path: str | Path,
+    ) -> None:
+        """Write ``checkpoint``, as the Trainer made it, to the folder ``path``.
+
+        Hooks may have taken names out of its ``state_dict``: these are not saved.
+
+        Communication: that of ``nemo2.save``, and an all-gather of objects over the world.
+        Raises: CheckpointError on all ranks alike.
+        """
+        rest = dict(checkpoint)
+        names = rest.pop("state_dict")
+        full = rest.pop("optimizer_states", None) is not None
+        problems = Problems(f"cannot save the Trainer's state to '{path}'", parallel.groups)
+        problems.facts += _changed(names, parallel)
+        problems.raise_together()
+        for key in _HYPER:
+            if key in rest:
+                rest[key] = _sayable(rest[key], key)
+        states = _loaders(rest) or []
+        self._saving = save_training(
+            path,
+            target_of(parallel),
+            [_plain(o) for o in optimizers] if full else [],
+            extra=Extra({_TRAINER: rest}, None if all(map(is_position, states)) else states),
+            only=names,
+            asynchronous=self.asynchronous,
+        )
+
+    def load(
+        self,
+        parallel: ParallelModel,
+        optimizers: Sequence[Optimizer | LightningOptimizer],
+        path: str | Path,
+        *,
+        strict: bool,
+        resume: bool,
+    ) -> dict[str, Any]:
+        """Fill parameters, buffers and optimizers from the folder ``path``.
+
+        Returns:
+            the Trainer's state.
+
+        Communication: that of ``nemo2.load``.
+        Raises: CheckpointError on all ranks alike.
+        """
+        chosen = [_plain(o) for o in optimizers]
+        restored = load_training(path, target_of(parallel), chosen, strict=strict, resume=resume)
+        extra = restored.loaded.extra
+        if not isinstance(extra, dict) or _TRAINER not in extra:
+            raise CheckpointError(
+                f"'{path}' has no Trainer's state: it was saved by nemo2.save\n"
+                "  options: nemo2.load(path, model) in on_fit_start, for the weights |"
+                " nemo2.load(path, model, optimizer=...) and your own loop"
+            )
+        trainer: dict[str, Any] = extra[_TRAINER]
+        self._positions = []
+        if resume:
+            if restored.own is not None:
+                _fit_state(trainer)["combined_loader"] = restored.own
+            states = _loaders(trainer) or []
+            self._positions = [state for state in states if is_position(state)]
+            self._generators = restored.generators
+            if restored.own is None and len(self._positions) < len(states):
+                raise CheckpointError(
+                    f"cannot go on from '{path}' on another mesh: a dataloader with its own"
+                    " state_dict says what one rank has read\n"
+                    "  options: the same mesh | a map-style dataset in a torch DataLoader, whose"
+                    " samples are dealt out"
+                )
+        return trainer
+
+    def followed(self, trainer: Trainer, loader: DataLoader[Any]) -> DataLoader[Any]:
+        """Return a training loader that knows where it stands, and goes on where it was saved."""
+        made = dealt(loader, partial(under_way, trainer))
+        if self._positions and trainer.fit_loop.is_resuming:
+            go_on(trainer, made, self._positions.pop(0), self._generators)
+        return made
+
+    def remove(self, path: str | Path) -> None:
+        """Remove a checkpoint, but not before the save under way has made another one."""
+        now = partial(files.remove, Path(path))
+        if self._saving is None:
+            now()
+        else:
+            self._saving.then(now)
+
+    def end(self) -> None:
+        """Wait for a save under way; after a failure only for this rank's part of it.
+
+        Communication: one all-gather of objects over the world, if there was one.
+        """
+        saving, failed = self._saving, self.failed
+        self._saving, self.failed = None, False
+        if saving is not None and failed:
+            saving.give_up()
+            saving.join()
+        elif saving is not None and self.asynchronous:
+            saving.wait()
+
+
+def _changed(names: Mapping[str, Any], parallel: ParallelModel) -> list[str]:
+    """Return what hooks have put into the ``state_dict`` that is not the model's own."""
+    mine = model_state(parallel)
+    strange = [n for n in names if n not in mine]
+    other = [n for n in names if n in mine and not _same_memory(names[n], mine[n])]
+    facts = [f"the state_dict has '{n}', which the model does not have" for n in strange[:4]]
+    facts += [f"the state_dict has other values for '{n}' than the model" for n in other[:4]]
+    if facts:
+        facts.append("options: change the model itself | keep plain data in the checkpoint")
+    return facts
+
+
+def _same_memory(given: Any, own: Tensor) -> bool:
+    return isinstance(given, Tensor) and local_of(given).data_ptr() == local_of(own).data_ptr()
+
+
+def _sayable(hyper: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return the hyperparameters that are plain data; a warning names the others."""
+    kept = {}
+    for name, value in hyper.items():
+        try:
+            encode(value, name)
+        except CheckpointError:
+            rank_zero_warn(
+                f"{key}: '{name}' is a {type(value).__name__}, which a checkpoint does not hold;"
+                " it is left out (save_hyperparameters(ignore=[...]) says so)"
+            )
+        else:
+            kept[name] = value
+    return kept
+
+
+def _fit_state(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = trainer.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
+    return found
+
+
+def _loaders(trainer: Mapping[str, Any]) -> list[Any] | None:
+    """Return the states of the training dataloaders that have one."""
+    return _fit_state(trainer).get("combined_loader")

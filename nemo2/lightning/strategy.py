@@ -34,7 +34,7 @@ from ..mesh.watchdog import Watchdog
 from ..model import ParallelModel
 from ..options import Options
 from ..parallelize import parallelize
-from . import checkpoint as checkpoints
+from .checkpoint import Checkpoints, model_state, optimizer_state
 from .data import MeshSampler, can_deal
 from .launcher import Launcher
 from .logs import EQUAL
@@ -64,6 +64,7 @@ class MegatronStrategy(ParallelStrategy):
         pp: pipeline degree.
         cp: context-parallel degree.
         tp: tensor-parallel degree.
+        asynchronous_save: write checkpoints in the background; saving costs a copy to host memory.
         options: those of ``parallelize``, without ``precision`` (the Trainer's decides:
             "32-true", "64-true", "bf16-true", or "bf16-mixed", which is ``precision="bf16"``,
             float32 masters of a module that computes in bfloat16, without autocast) and
@@ -78,7 +79,14 @@ class MegatronStrategy(ParallelStrategy):
     """
 
     def __init__(
-        self, *, dp: int = -1, pp: int = 1, cp: int = 1, tp: int = 1, **options: Any
+        self,
+        *,
+        dp: int = -1,
+        pp: int = 1,
+        cp: int = 1,
+        tp: int = 1,
+        asynchronous_save: bool = False,
+        **options: Any,
     ) -> None:
         _check_options(options, cp)
         super().__init__()
@@ -89,6 +97,7 @@ class MegatronStrategy(ParallelStrategy):
         self.watchdog: Watchdog | None = None
         self._mesh: DeviceMesh | None = None
         self._deals_samples: bool | None = None
+        self._checkpoints = Checkpoints(asynchronous_save)
 
     # --- who and where
 
@@ -226,6 +235,7 @@ class MegatronStrategy(ParallelStrategy):
         """Nothing to do: splitting the model moves it."""
 
     def teardown(self) -> None:
+        self._checkpoints.end()
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()
@@ -237,6 +247,7 @@ class MegatronStrategy(ParallelStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other ranks, which may be waiting for this one, or say which one was lost."""
+        self._checkpoints.failed = True
         watchdog = self.watchdog
         if watchdog is None:
             return
@@ -309,7 +320,8 @@ class MegatronStrategy(ParallelStrategy):
             if inner is not None:
                 inner.sampler = sampler
             return dataloader
-        return _update_dataloader(dataloader, sampler)
+        trainer, made = self.lightning_module.trainer, _update_dataloader(dataloader, sampler)
+        return self._checkpoints.followed(trainer, made) if trainer.training else made
 
     # --- communication
 
@@ -359,18 +371,23 @@ class MegatronStrategy(ParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return name -> DTensor or buffer, of what this rank's stage owns."""
-        return checkpoints.model_state(self.parallel_model)
+        return model_state(self.parallel_model)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return name -> state, of what this rank's stage owns, and the groups' options."""
-        return checkpoints.optimizer_state(self.parallel_model, optimizer)
+        """Return the groups' options: ``save_checkpoint`` takes the state itself."""
+        return optimizer_state(optimizer)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
         if storage_options is not None:
             raise Nemo2Error("MegatronStrategy writes checkpoints itself: no storage_options")
-        checkpoints.save(self.parallel_model, checkpoint, self.broadcast(filepath))
+        path = self.broadcast(filepath)
+        self._checkpoints.save(self.parallel_model, self.optimizers, checkpoint, path)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if self.is_global_zero:
+            self._checkpoints.remove(filepath)
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
@@ -378,12 +395,12 @@ class MegatronStrategy(ParallelStrategy):
         module = self.lightning_module
         assert module is not None
         fitting = module.trainer.state.fn == TrainerFn.FITTING
-        return checkpoints.load(
+        return self._checkpoints.load(
             self.parallel_model,
             self.optimizers if fitting else [],
             self.broadcast(checkpoint_path),
             strict=module.strict_loading,
-            weights_only=weights_only,
+            resume=fitting,
         )
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:

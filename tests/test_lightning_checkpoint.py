@@ -1,0 +1,268 @@
+"""The Trainer goes on with the next sample, on the same mesh and on others."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+import nemo2
+from nemo2.checkpoint.index import Index
+from tests.lightning_programs import Lit, Record, data, ignore_upstream_warnings, trainer
+
+STEPS, HALF, GLOBAL = 10, 5, 8
+
+
+class Trained(Lit):
+    """With dropout, late construction, hyperparameters, and a state of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.2, late=True)
+        self.save_hyperparameters({"width": 3, "sizes": (1, 2)})
+        self.register_buffer("count", torch.zeros(()))
+        self.told: dict[int, Any] = {}
+
+    def on_train_batch_start(self, *rest: Any) -> None:
+        self.count += 1
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["told"] = {5: (torch.ones(2), float("inf")), "path": Path("a")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.told = checkpoint["told"]
+
+
+def run(
+    folder: str,
+    strategy: dict[str, Any],
+    devices: int,
+    *,
+    ckpt_path: str | None = None,
+    samples: int = 64,
+    workers: int = 0,
+    total: int = GLOBAL,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train; the epoch has 8 steps. Saves at the end of each fifth step, and after each epoch."""
+    ignore_upstream_warnings()
+    torch.manual_seed(1)
+    record = Record()
+    saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=HALF, save_top_k=-1)
+    ends = ModelCheckpoint(
+        folder, "{epoch}-end", save_top_k=-1, save_on_train_epoch_end=True, every_n_epochs=1
+    )
+    stop = EarlyStopping("val_loss", patience=9, strict=False)
+    callbacks = [record, saves, ends, stop]
+    options = {"max_steps": STEPS, "max_epochs": 3, "val_check_interval": 1.0} | options
+    strategy = nemo2.MegatronStrategy(**strategy)
+    made = trainer(
+        folder,
+        callbacks=callbacks,
+        strategy=strategy,
+        devices=devices,
+        enable_checkpointing=True,
+        **options,
+    )
+    module = Trained()
+    loader = data(total // strategy.asked["dp"], samples, True, workers)
+    made.fit(module, loader, data(4, 16), ckpt_path=ckpt_path)
+    return {
+        "losses": record.losses,
+        "dp": made.strategy.mesh.get_local_rank("dp"),
+        "samples": record.samples,
+        "count": float(module.count),
+        "rate": made.optimizers[0].param_groups[0]["lr"],
+        "stop": stop.state_dict(),
+        "told": module.told,
+        "drawn": torch.rand(2).tolist(),
+    }
+
+
+def order_of(ranks: list[dict[str, Any]]) -> list[list[int]]:
+    """Return the samples of each step in global order: ranks of ``dp`` have them in turns."""
+    readers = {rank["dp"]: rank["samples"] for rank in ranks}
+    for rank in ranks:
+        assert rank["samples"] == readers[rank["dp"]]
+    steps = zip(*(readers[r] for r in sorted(readers)), strict=True)
+    return [[x for same in zip(*own, strict=True) for x in same] for own in steps]
+
+
+TWO = nemo2.Pipeline(microbatches=2)
+SAVED: list[tuple[dict[str, Any], str]] = [
+    ({"dp": 2, "tp": 2}, "dp2tp2"),
+    ({"dp": 1, "pp": 2, "tp": 2, "pipeline": TWO}, "pp2tp2"),
+]
+ELSEWHERE = [
+    {"dp": 4},
+    {"dp": 1, "pp": 4, "pipeline": nemo2.Pipeline(4)},
+    {"dp": 1, "tp": 4},
+    {"dp": 2, "cp": 2, "context_parallel": nemo2.ContextParallel(balance=False)},
+]
+
+
+def several(folder: str, meshes: list[dict[str, Any]], path: str) -> list[dict[str, Any]]:
+    return [run(f"{folder}/{i}", mesh, 4, ckpt_path=path) for i, mesh in enumerate(meshes)]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_goes_on_with_the_next_sample_on_any_mesh(pool, tmp_path, at):
+    mesh, name = SAVED[at]
+    folder = str(tmp_path / name)
+    whole = pool.run(4, run, folder, mesh, 4)
+    path = f"{folder}/step=5.ckpt"
+    order = order_of(whole)
+    assert len(order) == STEPS
+    assert len({x for step in order[:8] for x in step}) == 64  # each one once in an epoch
+    again = pool.run(4, run, f"{folder}-again", mesh, 4, ckpt_path=path)
+    for rank, first in zip(again, whole, strict=True):
+        for key in ("losses", "samples"):
+            assert rank[key] == first[key][HALF:], key
+        for key in ("count", "rate", "stop", "drawn"):
+            assert str(rank[key]) == str(first[key]), key
+        assert rank["told"]["path"] == Path("a")
+        assert rank["told"][5][1] == float("inf")
+        assert torch.equal(rank["told"][5][0], torch.ones(2))
+    there = ELSEWHERE[2 * at : 2 * at + 2]
+    found = list(zip(*pool.run(4, several, str(tmp_path / "there"), there, path), strict=True))
+    if at:
+        found.append(tuple(pool.run(1, run, str(tmp_path / "one"), {"dp": 1}, 1, ckpt_path=path)))
+    for ranks in found:
+        assert order_of(list(ranks)) == order[HALF:]
+        for rank in ranks:
+            assert rank["losses"] == pytest.approx(whole[0]["losses"][HALF:], rel=1e-9)
+            assert rank["count"] == STEPS
+
+
+def again(
+    folder: str, cases: list[tuple[dict[str, Any], dict[str, Any]]], path: str
+) -> list[dict[str, Any]]:
+    """Resume two processes several times, each time in another way."""
+    return [
+        run(f"{folder}/{i}", mesh, 2, ckpt_path=path, **options)
+        for i, (mesh, options) in enumerate(cases)
+    ]
+
+
+def test_other_batches_workers_and_places_in_the_epoch(pool, tmp_path):
+    """Saved in the background; in the epoch, at its end and after it; read by worker processes."""
+    mesh = {"dp": 2, "asynchronous_save": True}
+    folder = str(tmp_path / "whole")
+    whole = pool.run(2, run, folder, mesh, 2, max_steps=15, workers=1)
+    order = order_of(whole)
+    losses = whole[0]["losses"]
+    at = {int(p.stem[5:]): str(p) for p in Path(folder).glob("step=*.ckpt")}
+    assert sorted(at) == [5, 10, 15]
+    assert not list(Path(folder).glob(".*"))
+    end = f"{folder}/epoch=0-end.ckpt"
+    assert Index.read(Path(end)).run["steps"] == 8
+    cases = [
+        (end, 8, {"max_steps": 15, "workers": 1}),
+        (end, 8, {"max_steps": -1, "max_epochs": 1}),
+        (at[10], 10, {"max_steps": 15, "workers": 1}),
+        (at[5], 5, {"max_steps": 8}),
+    ]
+    for number, (path, done, options) in enumerate(cases):
+        strategy = ({"dp": 2}, {"dp": 1, "tp": 2})[number % 2]
+        where = str(tmp_path / str(number))
+        ranks = pool.run(2, run, where, strategy, 2, ckpt_path=path, **options)
+        stop = options["max_steps"] if options["max_steps"] > 0 else 8
+        assert order_of(ranks) == order[done:stop], (number, strategy)
+        assert ranks[0]["losses"] == pytest.approx(losses[done:stop], rel=1e-9)
+    # A global batch of half the size: twice as many steps, in the same order.
+    options = {"max_steps": -1, "max_epochs": 1, "total": GLOBAL // 2}
+    ranks = pool.run(2, run, str(tmp_path / "half"), mesh, 2, ckpt_path=at[5], **options)
+    halves = [x for step in order_of(ranks) for x in step]
+    assert halves == [x for step in order[5:8] for x in step]
+
+
+def refused_position(folder: str, path: str) -> list[str]:
+    said = []
+    for options in ({"total": 6, "samples": 64}, {"samples": 72}):
+        with pytest.raises(nemo2.CheckpointError) as caught:
+            run(folder, {"dp": 1, "tp": 2}, 2, ckpt_path=path, **options)
+        said.append(str(caught.value))
+    return said
+
+
+class Odd(Lit):
+    """Keeps what a checkpoint cannot hold, and takes names out of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.save_hyperparameters({"width": 3, "build": torch.nn.Linear})
+        self.keeps: Any = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.keeps == "norm":
+            for name in [n for n in checkpoint["state_dict"] if "norm" in n]:
+                del checkpoint["state_dict"][name]
+        elif self.keeps == "other":
+            name = next(iter(checkpoint["state_dict"]), None)
+            if name is not None:
+                checkpoint["state_dict"][name] = torch.zeros(3)
+        elif self.keeps is not None:
+            checkpoint["kept"] = self.keeps
+
+
+def odd(folder: str) -> dict[str, Any]:
+    ignore_upstream_warnings()
+    made = trainer(
+        folder, strategy=nemo2.MegatronStrategy(pp=2), devices=2, max_steps=2, val_check_interval=2
+    )
+    torch.manual_seed(1)
+    module = Odd()
+    made.fit(module, data(8, 16), data(8, 16))
+    said: dict[str, Any] = {}
+    with warnings.catch_warnings(record=True) as told:  # on rank 0 alone
+        warnings.simplefilter("always")
+        made.save_checkpoint(f"{folder}/fine")
+        for keeps in (nemo2.make_mesh, "other"):
+            module.keeps = keeps
+            with pytest.raises(nemo2.CheckpointError) as caught:
+                made.save_checkpoint(f"{folder}/not")
+            said[str(keeps)[:9]] = str(caught.value)
+        module.keeps = "norm"
+        made.save_checkpoint(f"{folder}/part")
+        made.save_checkpoint(f"{folder}/weights", weights_only=True)
+    if torch.distributed.get_rank() == 0:
+        assert "'build' is a type, which a checkpoint does not hold" in str(told[0].message)
+    with pytest.raises(nemo2.CheckpointError) as caught:
+        made.fit(module, data(8, 16), data(8, 16), ckpt_path=f"{folder}/part")
+    said["part"] = str(caught.value)
+    said["tested"] = made.validate(module, data(8, 16), ckpt_path=f"{folder}/fine", verbose=False)
+    nemo2.save(f"{folder}/bare", module)
+    with pytest.raises(nemo2.CheckpointError) as caught:
+        made.validate(module, data(8, 16), ckpt_path=f"{folder}/bare", verbose=False)
+    said["bare"] = str(caught.value)
+    return said
+
+
+def test_what_hooks_do_to_a_checkpoint(pool, tmp_path):
+    first, second = pool.run(2, odd, str(tmp_path))
+    assert first == second
+    assert "extra['lightning']['kept'] is a builtins.function" in first["<function"]
+    assert "has other values for 'net." in first["other"]
+    assert "missing in the checkpoint, 10 of" in first["part"]
+    assert "it was saved by nemo2.save" in first["bare"]
+    index = Index.read(tmp_path / "fine")
+    assert index.extra["lightning"]["hyper_parameters"] == {"width": 3}
+    assert not [n for n in Index.read(tmp_path / "weights").tensors if "optimizer" in n]
+    # The same weights on one device, under their own names.
+    module = Lit().double()
+    assert nemo2.load(tmp_path / "fine", module).missing == ()
+    made = trainer(str(tmp_path))
+    (tested,) = made.validate(module, data(8, 16), verbose=False)
+    assert tested["val_loss"] == pytest.approx(first["tested"][0]["val_loss"], rel=1e-9)
+
+
+def test_a_position_that_means_nothing_is_refused(pool, tmp_path):
+    pool.run(2, run, str(tmp_path), {"dp": 2}, 2, max_steps=5)
+    path = str(tmp_path / "step=5.ckpt")
+    first, second = pool.run(2, refused_position, str(tmp_path / "no"), path)
+    assert first == second
+    assert "40 samples are done, which global batches of 6 do not make" in first[0]
+    assert "it has 72 samples an epoch, and had 64" in first[1]
