@@ -7,13 +7,13 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import nn, optim
+from torch import Tensor, nn, optim
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nemo2
+from nemo2 import shard
 from nemo2.sharding import optimizers
-from tests.models import GPT, next_token, token_ids
 
 KINDS = {
     "adamw": lambda p: optim.AdamW(p, lr=0.1, amsgrad=True),
@@ -41,11 +41,32 @@ class Dispatches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Net(nn.Module):
+    """Split over tp, uneven over dp, zero-dimensional, and unused parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused, self.scale = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(()))
+        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 5)
+        shard(self.up.weight, "tp", dim=0)
+        shard(self.up.bias, "tp", dim=0)
+        shard(self.down.weight, "tp", dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu()) * self.scale
+
+
+def square(model, x):
+    return model(x).square().mean()
+
+
+def batch(step):
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(step)).double()
+
+
 def model_on(mesh, device):
     torch.manual_seed(0)
-    model = GPT(layers=2).double()
-    model.scale = nn.Parameter(torch.ones((), dtype=torch.float64))  # zero-dimensional, unused
-    return nemo2.parallelize(model, nemo2.make_mesh(**mesh, device=device))
+    return nemo2.parallelize(Net().double(), nemo2.make_mesh(**mesh, device=device))
 
 
 def trained(mesh, kind, device, *, on_shards):
@@ -55,7 +76,7 @@ def trained(mesh, kind, device, *, on_shards):
     with mock.patch.object(optimizers, "ELEMENTWISE", optimizers.ELEMENTWISE if on_shards else ()):
         optimizer = KINDS[kind](list(model.parameters()))
         for step in range(3):
-            model.backward(next_token, token_ids(4).roll(step))
+            model.backward(square, batch(step))
             with Dispatches() as seen:
                 optimizer.step()
             optimizer.zero_grad()
@@ -95,17 +116,17 @@ def odd_ways(device):
 
     def closure():
         optimizer.zero_grad()
-        loss = model.backward(next_token, token_ids(4))
+        loss = model.backward(square, batch(0))
         seen.append(
             all(isinstance(p, DTensor) for g in optimizer.param_groups for p in g["params"])
         )
         return loss
 
     optimizer = optim.AdamW(params, lr=0.1)
-    before = params[1].full_tensor().clone()
+    before = params[2].full_tensor().clone()
     assert optimizer.step(closure) > 0
     assert seen == [True]
-    assert not torch.equal(before, params[1].full_tensor())
+    assert not torch.equal(before, params[2].full_tensor())
     assert optimizer.param_groups[0]["params"] == params
     assert all(isinstance(optimizer.state[p]["exp_avg"], DTensor) for p in optimizer.state)
 
