@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import PipelineError
-from ..pytree import tree_leaves, tree_map
+from ..pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from ..sharding.layout import WHOLE, Sharding
 
 REAL_CONSTRUCTORS = {
@@ -153,7 +153,14 @@ def is_absent(x: Any) -> TypeGuard[Absent]:
 
 def resolve(tree: Any) -> Any:
     """Put the received tensors in the place of the bound absent ones in ``tree``."""
-    return tree_map(lambda x: x.bound if type(x) is Absent and x.bound is not None else x, tree)
+    if type(tree) in (Tensor, nn.Parameter):
+        return tree
+    leaves, spec = tree_flatten(tree)
+    if not any(type(x) is Absent for x in leaves):
+        return tree
+    return tree_unflatten(
+        spec, [x.bound if type(x) is Absent and x.bound is not None else x for x in leaves]
+    )
 
 
 def name_of(func: Callable[..., Any]) -> str:
