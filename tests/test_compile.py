@@ -304,3 +304,38 @@ def test_training_and_evaluation_take_turns(pool):
 def test_it_needs_blocks():
     with pytest.raises(Nemo2Error, match="none are annotated"):
         nemo2.plan(nn.Linear(4, 4), "tp=1", compile=True)
+
+
+# --- beside other options ------------------------------------------------------------------------
+
+
+def beside_precision_and_inference(mesh, device):
+    """Losses and an evaluation's output, compiled and eager, in bf16 with float32 masters."""
+    made = []
+    for compile in ("aot_eager", False):
+        torch.manual_seed(0)
+        model = nemo2.parallelize(
+            GPT(layers=2),
+            nemo2.make_mesh(**mesh, device=device),
+            precision="bf16",
+            pipeline=Pipeline(2),
+            compile=compile,
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        losses = []
+        for step in range(3):
+            losses.append(float(model.backward(next_token, token_ids(4).roll(step))))
+            model.clip_grad_norm_(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.inference_mode():  # as Lightning evaluates
+                output = model(token_ids(4), broadcast_output=True)
+        made.append((losses, output.float()))
+    return made
+
+
+@pytest.mark.parametrize("mesh", [{"tp": 2, "dp": 2}, {"pp": 2, "tp": 2}])
+def test_mixed_precision_and_inference_mode(pool, mesh):
+    for compiled, eager in pool.run(4, beside_precision_and_inference, mesh, pool.device):
+        assert compiled[0] == pytest.approx(eager[0], rel=2e-3)
+        torch.testing.assert_close(compiled[1], eager[1], rtol=0.05, atol=0.05)
