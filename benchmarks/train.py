@@ -27,7 +27,7 @@ from nemo2.mesh import MeshSizes
 from .case import Case
 from .llama import tokens
 
-PEERS = ("nemo2", "torch")
+PEERS = ("nemo2", "torch", "megatron")
 KERNELS = {
     "flash": [SDPBackend.FLASH_ATTENTION],
     "cudnn": [SDPBackend.CUDNN_ATTENTION],

@@ -6,13 +6,18 @@ import pytest
 
 from benchmarks import performance
 from benchmarks.shapes import SHAPES
-from benchmarks.train import arguments, measure
+from benchmarks.train import PEERS, arguments, measure
 
 
 def rows(mesh, options):
-    """Measure both peers, as torchrun's ranks would."""
+    """Measure all peers, as torchrun's ranks would."""
+    from megatron.core import parallel_state
+
     given = ["--shape", "tiny", "--mesh", mesh, "--steps", "1", "--losses", "4", *options]
-    return [measure(arguments([*given, "--peer", peer])) for peer in ("nemo2", "torch")]
+    try:
+        return [measure(arguments([*given, "--peer", peer])) for peer in PEERS]
+    finally:
+        parallel_state.destroy_model_parallel()
 
 
 @pytest.mark.parametrize(
@@ -21,8 +26,9 @@ def rows(mesh, options):
 )
 def test_peers_have_the_same_losses(pool, mesh, options):
     results = pool.run(4, rows, mesh, ["--eager", *options])
-    ours, theirs = results[0]
-    assert ours["losses"] == pytest.approx(theirs["losses"], abs=2e-5)
+    ours, *others = results[0]
+    for theirs in others:
+        assert ours["losses"] == pytest.approx(theirs["losses"], abs=2e-5)
     assert ours["losses"][0] != ours["losses"][3]
     assert ours["mfu"] > 0
     assert ours["peak_gib"] > 0
