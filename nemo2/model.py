@@ -357,8 +357,7 @@ class ParallelModel(nn.Module):
                 made = None
             self._step_plans[full] = made, may_skip
             while len(self._step_plans) > 64:
-                _, (old, _) = self._step_plans.popitem(last=False)
-                self.runner.forget_compiled(old)
+                self._step_plans.popitem(last=False)
         return self._step_plans[full]
 
     def _plan_step(self, step: Step, batch: Any, plan: Plan) -> tuple[StepPlan | None, bool]:

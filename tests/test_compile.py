@@ -262,6 +262,30 @@ def test_a_number_that_changes_between_steps_is_not_frozen(pool):
     assert losses[0] == losses[2] != losses[1]
 
 
+def restless(steps):
+    """Return whether losses equal an eager model's while a number never stays, and warnings."""
+    mesh = nemo2.make_mesh(device="cpu")
+    x = torch.randn(4, WIDTH)
+    nets = [nemo2.parallelize(Net("scale"), mesh, compile=c) for c in ("aot_eager", False)]
+    nets[1].load_full_state_dict(nets[0].full_state_dict())
+    same = True
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(steps):
+            for net in nets:
+                net.module.layers[0].scale = 1.0 + step
+            one, two = (float(net.backward(square, x)) for net in nets)
+            same = same and one == two
+    return same, [str(w.message) for w in caught]
+
+
+def test_a_number_that_never_stays_is_not_compiled_for_ever(pool):
+    ((same, warned),) = pool.run(1, restless, blocks.VARIANTS + 2)
+    assert same
+    assert len(warned) == 1
+    assert "change from step to step" in warned[0]
+
+
 def with_a_cache(device):
     case = ZOO["llama"].with_layers(2)
     mesh = nemo2.make_mesh(device=device)

@@ -66,20 +66,23 @@ class CompiledBlock:
         self.forward = block.forward
         self._variants: dict[Any, _Variant] = {}
         self._by_scalars: dict[Any, dict[Any, _Variant]] = {}
+        self._restless: dict[Any, _Variant] = {}
         self._slots: Slots | None = None
 
     @property
     def state(self) -> str:
         """``"compiled"``, why it is not, or that it has not run."""
-        whys = sorted({v.why for made in self._by_scalars.values() for v in made.values()})
+        made = (*self._by_scalars.values(), self._restless)
+        whys = sorted({v.why for variants in made for v in variants.values()})
         return "; ".join(w or "compiled" for w in whys) or "not called yet"
 
     def refresh(self) -> None:
         """Take up what was compiled for the numbers that its modules hold now."""
         now = tuple(tuple(sorted(s.items(), key=repr)) for s in scalars(self.block))
-        self._variants = self._by_scalars.setdefault(now, {})
-        while len(self._by_scalars) > VARIANTS:
-            del self._by_scalars[next(iter(self._by_scalars))]
+        if now not in self._by_scalars and len(self._by_scalars) >= VARIANTS:
+            self._variants = self._restless  # it would be compiled anew in each step
+        else:
+            self._variants = self._by_scalars.setdefault(now, {})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._slots is None:
@@ -102,6 +105,8 @@ class CompiledBlock:
     def _make(self, leaves: Sequence[Any], spec: Any, held: list[Tensor]) -> _Variant:
         """Return the code for inputs like these."""
         assert self._slots is not None
+        if self._variants is self._restless:
+            return self._eager("numbers that its modules hold change from step to step")
         if len(self._variants) >= VARIANTS:
             return self._eager(f"it has got {VARIANTS} kinds of inputs before")
         why = cannot_compile(self.block) or _odd_input(leaves)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..compile.block import CompiledBlock
 from ..errors import PipelineError
@@ -93,7 +94,9 @@ class StageRunner(nn.Module):
         self._handles: list[RemovableHandle] = []
         self._absent_blocks: list[tuple[nn.Module, Any]] = []
         self._hidden: dict[int, list[_Change]] = {}
-        self._compiled: dict[int, dict[str, CompiledBlock]] = {}  # by the id of a step's plan
+        # Compiled blocks by name, of each step's plan, and of steps without one.
+        self._compiled: MutableMapping[StepPlan, dict[str, CompiledBlock]] = WeakIdKeyDictionary()
+        self._compiled_alone: dict[str, CompiledBlock] = {}
         self._told: set[str] = set()
         self._ready = False
 
@@ -259,13 +262,15 @@ class StageRunner(nn.Module):
                 self._hidden[stage.index] = self._hiding(stage, step_plan)
 
     @property
-    def compiled(self) -> Mapping[str, CompiledBlock]:
+    def compiled(self) -> dict[str, CompiledBlock]:
         """The compiled blocks of the present step's plan, by name."""
-        return self._compiled.get(id(self.step_plan), {})
+        if self.step_plan is None:
+            return self._compiled_alone
+        return self._compiled.setdefault(self.step_plan, {})
 
     def _install_compiled(self, backend: str) -> None:
         """Let this rank's blocks run compiled: what was installed before is what is traced."""
-        made = self._compiled.setdefault(id(self.step_plan), {})
+        made = self.compiled
         for i, name in enumerate(self.plan.blocks):
             if not self._is_local(i):
                 continue
@@ -277,10 +282,6 @@ class StageRunner(nn.Module):
                 )
             made[name].forward = block.forward
             self._install(name, partial(_instead, made[name]))
-
-    def forget_compiled(self, step_plan: StepPlan | None) -> None:
-        """Drop what was compiled for a plan that is not used any more."""
-        self._compiled.pop(id(step_plan), None)
 
     def _install_edges(self, programs: Programs) -> None:
         for name in {**programs.entries, **programs.exits, **programs.closed}:
