@@ -10,7 +10,7 @@
 
 SHELL  := /bin/bash
 PYTHON ?= python3
-EXTRAS := test,plots,hf,dev
+EXTRAS := test,plots,hf,cli,dev
 PINNED := $(shell grep '^torch==' constraints.txt)
 GPU    := $(shell command -v nvidia-smi 2>/dev/null)
 BIN    := .venv/bin

@@ -1,68 +1,27 @@
 """Train a byte-level GPT on real text, on any mesh: ``train_gpt.py --mesh dp=2,pp=2``.
 
 By default the text is the source of Python's own standard library. Without GPUs the ranks are
-CPU processes. The model (gpt.py) and the LightningModule know nothing of the mesh.
+CPU processes. The model (gpt.py) and the LightningModule (lit_gpt.py) know nothing of the mesh.
+``train_gpt.py fit --config examples/mesh.yaml`` is the same from YAML (train_gpt_cli.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import time
+import sys
 import warnings
 from pathlib import Path
 
 import lightning as L
 import torch
-import torch.nn.functional as F
-from gpt import GPT, GPTConfig
-from text import Windows, default_files, read_bytes, save_curve
-from torch import Tensor
-from torch.utils.data import DataLoader
+from gpt import GPTConfig
+from lit_gpt import LitGPT, TextData, predicted
+from text import save_curve
 
 import nemo2
+from nemo2.lightning import Throughput
 
-
-class LitGPT(L.LightningModule):
-    def __init__(self, cfg: GPTConfig, steps: int, lr: float = 3e-3) -> None:
-        super().__init__()
-        self.model, self.steps, self.lr, self.curve = GPT(cfg), steps, lr, []
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.model(ids)
-
-    def loss(self, window: Tensor) -> Tensor:
-        logits = self(window[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
-
-    def training_step(self, window: Tensor, index: int) -> Tensor:
-        loss = self.loss(window)
-        self.log("loss", loss, prog_bar=True)
-        return loss
-
-    def validation_step(self, window: Tensor, index: int) -> None:
-        self.log("held-out", self.loss(window))
-
-    def on_train_batch_start(self, window: Tensor, index: int) -> None:
-        self.started = time.perf_counter()
-
-    def on_train_batch_end(self, outputs: dict[str, Tensor], window: Tensor, index: int) -> None:
-        ranks = self.trainer.strategy.mesh["dp"].size()
-        tokens = ranks * (window.numel() - len(window))
-        self.log("tokens/s", tokens / (time.perf_counter() - self.started), prog_bar=True)
-        self.curve.append(float(outputs["loss"]))
-
-    def configure_optimizers(self) -> dict[str, object]:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.95), fused=True)
-        warmup = max(self.steps // 20, 1)
-
-        def scale(i: int) -> float:
-            return min((i + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * min(i / self.steps, 1)))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
 PROMPT = "def "
 
 
@@ -84,10 +43,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the loss curve")
     args = parser.parse_args()
 
-    warnings.filterwarnings("ignore", message=".*LeafSpec")  # lightning 2.6 under torch 2.13
     L.seed_everything(0, verbose=False)
     cfg, sizes = GPTConfig(layers=args.layers), nemo2.mesh.MeshSizes.of(args.mesh)
-    train, held_out = read_bytes(args.data or default_files())
+    data = TextData(args.data, cfg.length, args.steps, args.batch)
     lit = LitGPT(cfg, args.steps)
     axes = dict(sizes.items())
     pipeline = nemo2.Pipeline(microbatches=args.microbatches)
@@ -102,13 +60,12 @@ def main() -> None:
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
+        callbacks=[Throughput(tokens=predicted)],
     )
-    loader = DataLoader(Windows(train, cfg.length, args.steps * args.batch), args.batch // sizes.dp)
     if trainer.is_global_zero:
-        window = next(iter(loader))
+        window = next(iter(data.train_dataloader()))[: args.batch // sizes.dp]
         print(nemo2.plan(lit, axes, step=LitGPT.loss, batch=window, pipeline=pipeline), flush=True)
-    check = DataLoader(Windows(held_out, cfg.length, 128, seed=1), 32 // sizes.dp)
-    trainer.fit(lit, loader, check)
+    trainer.fit(lit, data)
     reached = float(trainer.callback_metrics["held-out"])
     if trainer.is_global_zero:
         curve = save_curve(lit.curve, reached, args.out / "loss.png")
@@ -121,4 +78,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", message=".*LeafSpec")  # lightning 2.6 under torch 2.13
+    if sys.argv[1:2] and sys.argv[1] in SUBCOMMANDS:
+        from train_gpt_cli import main
     main()

@@ -32,7 +32,7 @@ from ..errors import Nemo2Error
 from ..mesh.sizes import AXES, MeshSizes, fit_sizes
 from ..mesh.watchdog import Watchdog
 from ..model import ParallelModel
-from ..options import Options
+from ..options import ContextParallel, DataParallel, Options, Pipeline
 from ..parallelize import parallelize
 from .checkpoint import Checkpoints, model_state, optimizer_state
 from .data import MeshSampler, can_deal
@@ -46,6 +46,8 @@ from .steps import (
     parameters_of,
     training_step,
 )
+
+_PIPELINE = Pipeline()
 
 
 class MegatronStrategy(ParallelStrategy):
@@ -64,11 +66,19 @@ class MegatronStrategy(ParallelStrategy):
         pp: pipeline degree.
         cp: context-parallel degree.
         tp: tensor-parallel degree.
+        data_parallel: "fsdp", "zero1", "ddp" or a ``DataParallel`` (kind, replicate, reshard).
+        pipeline: microbatches and schedule.
+        context_parallel: "ring", "all_gather", "ulysses" or a ``ContextParallel``.
+        sequence_parallel: split activations between split regions over ``tp`` along the
+            sequence; None: where a sequence is found.
+        remat: "full" or "selective" run blocks again in backward to save memory; None: keep all.
+        compile: True compiles each block of the list annotated with ``"pp"``.
         asynchronous_save: write checkpoints in the background; saving costs a copy to host memory.
-        options: those of ``parallelize``, without ``precision`` (the Trainer's decides:
-            "32-true", "64-true", "bf16-true", or "bf16-mixed", which is ``precision="bf16"``,
-            float32 masters of a module that computes in bfloat16, without autocast) and
-            ``inplace`` (always).
+        others: what is unknown, to be refused with the options that there are.
+
+    The options are those of ``parallelize`` without ``inplace`` (always) and ``precision``: the
+    Trainer's decides: "32-true", "64-true", "bf16-true", or "bf16-mixed", which is
+    ``precision="bf16"``, float32 masters of a module that computes in bfloat16, without autocast.
 
     Raises: Nemo2Error for options that are unknown or not built yet; MeshError, when the
         Trainer is made, if the sizes do not multiply to its devices.
@@ -85,10 +95,24 @@ class MegatronStrategy(ParallelStrategy):
         pp: int = 1,
         cp: int = 1,
         tp: int = 1,
+        data_parallel: str | DataParallel = "fsdp",
+        pipeline: Pipeline = _PIPELINE,
+        context_parallel: str | ContextParallel = "ring",
+        sequence_parallel: bool | None = None,
+        remat: str | None = None,
+        compile: bool | str = False,
         asynchronous_save: bool = False,
-        **options: Any,
+        **others: Any,
     ) -> None:
-        _check_options(options, cp)
+        options: dict[str, Any] = {
+            "data_parallel": data_parallel,
+            "pipeline": pipeline,
+            "context_parallel": context_parallel,
+            "sequence_parallel": sequence_parallel,
+            "remat": remat,
+            "compile": compile,
+        }
+        _check_options({**options, **others}, cp)
         super().__init__()
         self.asked = {"pp": pp, "dp": dp, "cp": cp, "tp": tp}
         self.options = options

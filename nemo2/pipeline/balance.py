@@ -8,6 +8,8 @@ from functools import cache
 
 from torch import Tensor, nn
 
+from ..options import Pipeline
+
 
 def block_costs(
     model: nn.Module, blocks: Sequence[str], size: Callable[[Tensor], int]
@@ -88,3 +90,16 @@ def spread(costs: Sequence[int], stages: int) -> list[int]:
     split = best(0, stages)
     assert split is not None
     return [-count for count in split[3]]
+
+
+def bubble_share(pp: int, pipeline: Pipeline) -> float:
+    """Return the share of a step in which a pipeline rank waits, if all stages take as long.
+
+    Of ``virtual_stages * microbatches`` forwards and backwards of a stage, a rank waits for as
+    many as ``pp - 1`` take. Transfers take nothing.
+    Source: arXiv 2104.04473, section 2.2, where it is divided by the time of the work alone.
+
+    >>> bubble_share(4, Pipeline(microbatches=9))
+    0.25
+    """
+    return (pp - 1) / (pipeline.virtual_stages * pipeline.microbatches + pp - 1)
