@@ -110,16 +110,23 @@ class Record(L.Callback):
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.seen: list[dict[str, float]] = []
-        self.samples: list[list[int]] = []  # each batch's, of this rank
-
-    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, at: int) -> None:
-        powers = VOCABULARY ** torch.arange(LENGTH, device=batch[0].device)
-        self.samples.append((batch[0] * powers).sum(1).tolist())
 
     def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
         metrics = {n: float(v) for n, v in trainer.callback_metrics.items()}
         self.losses.append(metrics["loss_step"] if "loss_step" in metrics else metrics["loss"])
         self.seen.append(metrics)
+
+
+class RecordSamples(Record):
+    """Keeps the samples of each of this rank's batches, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.samples: list[list[int]] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, at: int) -> None:
+        powers = VOCABULARY ** torch.arange(LENGTH, device=batch[0].device)
+        self.samples.append((batch[0] * powers).sum(1).tolist())
 
 
 def data(batch: int, samples: int, shuffle: bool = False, workers: int = 0) -> DataLoader[Any]:
@@ -175,7 +182,7 @@ def fit(
     torch.manual_seed(1)
     if strategy is not None:
         options |= {"strategy": nemo2.MegatronStrategy(**strategy)}
-    record = Record()
+    record = RecordSamples()
     made = trainer(folder, callbacks=[record, *options.pop("callbacks", [])], **options)
     torch.manual_seed(1)
     module = build()

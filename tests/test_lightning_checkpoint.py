@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 import nemo2
 from nemo2.checkpoint.index import Index
-from tests.lightning_programs import Lit, Record, data, ignore_upstream_warnings, trainer
+from tests.lightning_programs import Lit, RecordSamples, data, ignore_upstream_warnings, trainer
 
 STEPS, HALF, GLOBAL = 10, 5, 8
 
@@ -50,7 +50,7 @@ def run(
     """Train; the epoch has 8 steps. Saves at the end of each fifth step, and after each epoch."""
     ignore_upstream_warnings()
     torch.manual_seed(1)
-    record = Record()
+    record = RecordSamples()
     saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=HALF, save_top_k=-1)
     ends = ModelCheckpoint(
         folder, "{epoch}-end", save_top_k=-1, save_on_train_epoch_end=True, every_n_epochs=1
