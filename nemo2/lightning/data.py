@@ -6,6 +6,7 @@ numbers from which the order was drawn. So a run goes on with the next sample on
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from ..checkpoint.generators import generator_states, set_generator_states
-from ..errors import CheckpointError
+from ..errors import CheckpointError, Nemo2Error
 
 _CPU = torch.device("cpu")
 _POSITION = "nemo2 position"
@@ -231,6 +232,28 @@ def can_deal(loader: object) -> bool:
         and isinstance(loader.sampler, Sized)
         and not isinstance(loader.sampler, (DistributedSampler, MeshSampler))
     )
+
+
+def deal_batches(loader: DataLoader[Any], replicas: int, reader: int) -> DataLoader[Any] | None:
+    """Return ``loader`` with its own batch sampler over this reader's part of the samples.
+
+    None for a loader with ``batch_size=`` or without batches, whose sampler can be replaced.
+    Raises: Nemo2Error for a batch sampler that has no ``sampler`` to deal out.
+    """
+    batches = loader.batch_sampler
+    if loader.batch_size is not None or batches is None:
+        return None
+    if not isinstance(getattr(batches, "sampler", None), Iterable):
+        raise Nemo2Error(
+            f"DataLoader(batch_sampler={type(batches).__name__}): its samples cannot be dealt out"
+            f" over dp={replicas}, as it draws them itself\n"
+            "  options: draw from an attribute 'sampler', as torch's BatchSampler does |"
+            " Trainer(use_distributed_sampler=False), and batches of this dp coordinate"
+        )
+    dealt, part = copy.copy(loader), copy.copy(batches)
+    part.sampler = MeshSampler(batches.sampler, replicas, reader)  # type: ignore[attr-defined]
+    dealt.__dict__["batch_sampler"] = part
+    return dealt
 
 
 def _share_generator() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import Metric
 
 from ..errors import Nemo2Error
@@ -35,10 +35,11 @@ from ..model import ParallelModel
 from ..options import ContextParallel, DataParallel, Options, Pipeline
 from ..parallelize import parallelize
 from .checkpoint import Checkpoints, model_state, optimizer_state
-from .data import MeshSampler, can_deal
+from .data import MeshSampler, can_deal, deal_batches
 from .launcher import Launcher
 from .logs import EQUAL
 from .precision import Bf16Masters, supported
+from .refused import refuse
 from .steps import (
     clip_by_norm,
     clip_by_value,
@@ -46,6 +47,7 @@ from .steps import (
     parameters_of,
     training_step,
 )
+from .together import Together
 
 _PIPELINE = Pipeline()
 
@@ -188,6 +190,8 @@ class MegatronStrategy(ParallelStrategy):
         setattr(utilities_rank_zero_only, "rank", self.global_rank)  # noqa: B010
 
     def setup_environment(self) -> None:
+        assert self.lightning_module is not None
+        refuse(self.lightning_module.trainer)
         super().setup_environment()
         reset_seed()
         self.set_world_ranks()
@@ -198,7 +202,6 @@ class MegatronStrategy(ParallelStrategy):
         if self._mesh is None:
             shape = tuple(size for _, size in self._sizes().items())
             self._mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
-        assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._mesh
         if dist.get_world_size() > 1:
             self.watchdog = Watchdog()
@@ -219,17 +222,10 @@ class MegatronStrategy(ParallelStrategy):
             connector.use_distributed_sampler = False
         module = self.lightning_module
         assert module is not None
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting and not module.automatic_optimization:
-            raise Nemo2Error(
-                "manual optimization (automatic_optimization = False) does not work with "
-                "MegatronStrategy: the schedule runs forward and backward together\n"
-                "  options: automatic_optimization = True | nemo2.parallelize and your own loop"
-            )
         if self.parallel is None or self.parallel.module is not module:
             self.parallel = self._split(module)
         self.model = module
-        if fitting:
+        if trainer.state.fn == TrainerFn.FITTING:
             self._reset_optimizers_and_schedulers()
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -333,7 +329,7 @@ class MegatronStrategy(ParallelStrategy):
     def process_dataloader(self, dataloader: object) -> object:
         """Let each dp coordinate read its own part, in the order that the user's sampler has."""
         if not self._deals_samples or not can_deal(dataloader):
-            return dataloader
+            return self._together(dataloader)
         assert isinstance(dataloader, DataLoader)
         assert self.lightning_module is not None
         kwargs = self.distributed_sampler_kwargs
@@ -344,8 +340,18 @@ class MegatronStrategy(ParallelStrategy):
             if inner is not None:
                 inner.sampler = sampler
             return dataloader
+        own = deal_batches(dataloader, kwargs["num_replicas"], kwargs["rank"])
+        if own is not None:
+            return own
         trainer, made = self.lightning_module.trainer, _update_dataloader(dataloader, sampler)
         return self._checkpoints.followed(trainer, made) if trainer.training else made
+
+    def _together(self, loader: object) -> object:
+        """Guard data that ranks read as they like; a ``DistributedSampler`` deals it out evenly."""
+        even = isinstance(getattr(loader, "sampler", None), (DistributedSampler, MeshSampler))
+        if even or not isinstance(loader, Iterable) or dist.get_world_size() == 1:
+            return loader
+        return Together(loader, self.root_device)
 
     # --- communication
 

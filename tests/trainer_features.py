@@ -1,0 +1,530 @@
+"""One function for each feature of the Trainer: it runs on a mesh and without a strategy alike."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import Logger
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+import nemo2
+from tests.lightning_programs import VOCABULARY, Lit, Record, data, trainer
+
+MESH = {"dp": 2, "pp": 2, "pipeline": nemo2.Pipeline(microbatches=2)}
+
+
+@dataclass
+class Run:
+    """Where a feature runs: on ``MESH``, or on one device without a strategy."""
+
+    folder: str
+    on_mesh: bool
+
+    @property
+    def readers(self) -> int:
+        return 2 if self.on_mesh else 1
+
+    @property
+    def reader(self) -> int:
+        return torch.distributed.get_rank() % 2 if self.on_mesh else 0
+
+    def trainer(self, **options: Any) -> L.Trainer:
+        if self.on_mesh:
+            options |= {"strategy": nemo2.MegatronStrategy(**MESH), "devices": 4}
+        base = {"max_steps": 4, "val_check_interval": None, "num_sanity_val_steps": 0}
+        return trainer(self.folder, **(base | options))
+
+    def data(self, samples: int = 32) -> DataLoader[Any]:
+        return data(8 // self.readers, samples)
+
+    def fit(
+        self,
+        build: Callable[[], L.LightningModule] = Lit,
+        train: Any = None,
+        check: Any = None,
+        callbacks: Any = (),
+        **options: Any,
+    ) -> dict[str, Any]:
+        record = Record()
+        made = self.trainer(callbacks=[record, *callbacks], **options)
+        torch.manual_seed(1)
+        module = build()
+        made.fit(module, self.data() if train is None else train, check or self.data(16))
+        metrics = {n: float(v) for n, v in made.callback_metrics.items()}
+        return {"losses": record.losses, "metrics": metrics, "steps": made.global_step}
+
+
+# --- what a step returns and logs
+
+
+class SumAndCount(Lit):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss, logits = self.loss(batch)
+        self.log("loss", loss)
+        count = logits.shape[0] * logits.shape[1]
+        return (loss * count, count)
+
+
+class Mean(Lit):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss, _ = self.loss(batch)
+        self.log("loss", loss)
+        return loss
+
+
+def sum_and_count(run: Run) -> Any:
+    return run.fit(SumAndCount if run.on_mesh else Mean)
+
+
+class Logs(Lit):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss, _ = self.loss(batch)
+        self.log("loss", loss, on_step=True, on_epoch=True, prog_bar=True)
+        self.log("synced", 3 * loss, on_epoch=True, sync_dist=True)
+        self.log("quiet", loss, logger=False, prog_bar=True)
+        self.log("largest", batch[1].max().float(), reduce_fx="max", on_epoch=True)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.log("hook", 2 * float(outputs["loss"]))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("number", 7.0, sync_dist=True)
+
+
+def self_log(run: Run) -> Any:
+    bar: dict[str, float] = {}
+
+    class Bar(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+            bar.update({n: float(v) for n, v in trainer.progress_bar_metrics.items()})
+
+    result = run.fit(Logs, callbacks=[Bar()])
+    assert "quiet" in bar
+    assert bar.keys().isdisjoint({"synced", "hook"})
+    return result, bar
+
+
+# --- options of the Trainer
+
+
+def overfit_batches(run: Run) -> Any:
+    return run.fit(overfit_batches=2, max_epochs=3, max_steps=6)
+
+
+def limit_batches(run: Run) -> Any:
+    result = run.fit(
+        limit_train_batches=3, limit_val_batches=1, check_val_every_n_epoch=2, max_epochs=2
+    )
+    assert result["steps"] == 4
+    return result
+
+
+def fast_dev_run(run: Run) -> Any:
+    result = run.fit(fast_dev_run=2)
+    assert result["steps"] == 2
+    return result
+
+
+def detect_anomaly(run: Run) -> Any:
+    return run.fit(detect_anomaly=True)
+
+
+def clip_by_norm(run: Run) -> Any:
+    return run.fit(gradient_clip_val=0.05, gradient_clip_algorithm="norm", inference_mode=False)
+
+
+def precision_32(run: Run) -> Any:
+    return run.fit(precision="32-true")
+
+
+def precision_bf16(run: Run) -> Any:
+    return run.fit(precision="bf16-true")
+
+
+def several_validation_loaders(run: Run) -> Any:
+    class Two(Lit):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.log("val_loss", self.loss(batch)[0])
+
+    result = run.fit(Two, check=[run.data(16), run.data(24)])
+    assert {"val_loss/dataloader_idx_0", "val_loss/dataloader_idx_1"} <= set(result["metrics"])
+    return result
+
+
+# --- learning-rate schedulers
+
+
+class Plateau(Lit):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, eps=1e-6)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, factor=0.5, patience=0, threshold=10.0
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"},
+        }
+
+
+class Rates(L.Callback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def reduce_on_plateau(run: Run) -> Any:
+    rates = Rates()
+    result = run.fit(Plateau, callbacks=[rates], max_epochs=4, max_steps=16)
+    assert rates.seen[-1] < rates.seen[0]
+    return result, rates.seen
+
+
+class ByEpoch(Lit):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+
+def scheduler_by_epoch(run: Run) -> Any:
+    rates = Rates()
+    result = run.fit(ByEpoch, callbacks=[rates], max_epochs=2, max_steps=8)
+    assert rates.seen[0] == 4 * rates.seen[-1]  # stepped at the end of both epochs
+    return result, rates.seen
+
+
+# --- callbacks and loggers
+
+
+def early_stopping(run: Run) -> Any:
+    stop = lightning_callbacks.EarlyStopping("val_loss", min_delta=10.0, patience=1)
+    result = run.fit(callbacks=[stop], max_epochs=5, max_steps=-1)
+    assert result["steps"] == 8
+    return result, stop.stopped_epoch, float(stop.best_score)
+
+
+def model_checkpoint(run: Run) -> Any:
+    keep = lightning_callbacks.ModelCheckpoint(
+        run.folder, monitor="val_loss", save_top_k=1, save_last=True, filename="{step}"
+    )
+    result = run.fit(callbacks=[keep], max_epochs=3, max_steps=12, enable_checkpointing=True)
+    assert Path(keep.best_model_path).exists()
+    assert Path(keep.last_model_path).exists()
+    return result, Path(keep.best_model_path).stem, float(keep.best_model_score)
+
+
+def learning_rate_monitor(run: Run) -> Any:
+    logger = CSVLogger(run.folder, name="", version="log")
+    run.fit(callbacks=[lightning_callbacks.LearningRateMonitor("step")], logger=logger)
+    return _csv(Path(run.folder, "log", "metrics.csv"), "lr-AdamW")
+
+
+def csv_logger(run: Run) -> Any:
+    logger = CSVLogger(run.folder, name="", version="log")
+    run.fit(logger=logger)
+    path = Path(run.folder, "log", "metrics.csv")
+    return _csv(path, "loss_step"), _csv(path, "val_loss")
+
+
+def _csv(path: Path, column: str) -> list[float]:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    with path.open() as file:
+        found = [float(row[column]) for row in csv.DictReader(file) if row[column]]
+    assert found
+    return found
+
+
+class Memory(Logger):
+    """A logger of the user."""
+
+    name, version = "memory", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.kept.append((int(step or 0), dict(metrics)))
+
+    def log_hyperparams(self, *rest: Any, **options: Any) -> None:
+        pass
+
+
+def any_logger(run: Run) -> Any:
+    one, two = Memory(), Memory()
+    run.fit(logger=[one, two])
+    assert one.kept == two.kept
+    assert one.kept
+    return one.kept
+
+
+def progress_bars(run: Run) -> Any:
+    return [
+        run.fit(callbacks=[bar], enable_progress_bar=True)
+        for bar in (lightning_callbacks.RichProgressBar(), lightning_callbacks.TQDMProgressBar())
+    ]
+
+
+def summaries(run: Run) -> Any:
+    return [
+        run.fit(callbacks=[summary(max_depth=2)], enable_model_summary=True)
+        for summary in (lightning_callbacks.ModelSummary, lightning_callbacks.RichModelSummary)
+    ]
+
+
+def device_stats(run: Run) -> Any:
+    monitor = lightning_callbacks.DeviceStatsMonitor(cpu_stats=False)
+    return run.fit(callbacks=[monitor], logger=Memory())
+
+
+def timer(run: Run) -> Any:
+    return run.fit(max_time="00:01:00:00")
+
+
+def accumulation_scheduler(run: Run) -> Any:
+    schedule = lightning_callbacks.GradientAccumulationScheduler({0: 1, 1: 2})
+    result = run.fit(callbacks=[schedule], max_epochs=2, max_steps=-1)
+    assert result["steps"] == 4 + 2
+    return result
+
+
+class Average(L.Callback):
+    """An exponential moving average of the weights, of the shards that a rank has."""
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.kept = {n: p.detach().clone() for n, p in module.named_parameters()}
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *rest: Any) -> None:
+        for name, p in module.named_parameters():
+            self.kept[name].lerp_(p.detach(), 0.5)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        with torch.no_grad():
+            for name, p in module.named_parameters():
+                p.copy_(self.kept[name])
+
+
+def moving_average(run: Run) -> Any:
+    made = run.trainer(callbacks=[Average()])
+    torch.manual_seed(1)
+    module = Lit()
+    made.fit(module, run.data(), run.data(16))
+    return made.validate(module, run.data(16), verbose=False)
+
+
+# --- data
+
+
+class Numbers(IterableDataset[Any]):
+    """A stream that is read in turns by ``readers``, each of which drops what others take."""
+
+    def __init__(self, reader: int, readers: int, samples: int) -> None:
+        self.reader, self.readers, self.samples = reader, readers, samples
+
+    def __iter__(self) -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(4)
+        for i in range(self.samples):
+            ids = torch.randint(VOCABULARY, (7,), generator=generator)
+            if i % self.readers == self.reader:
+                yield ids[:-1], ids[1:]
+
+
+def iterable_dataset(run: Run) -> Any:
+    stream = Numbers(run.reader, run.readers, 32)
+    return run.fit(train=DataLoader(stream, batch_size=8 // run.readers))
+
+
+def _samples(count: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(VOCABULARY, (count, 7), generator=generator)
+    return TensorDataset(ids[:, :-1], ids[:, 1:])
+
+
+def samplers(run: Run) -> Any:
+    generator = torch.Generator().manual_seed(2)
+    weighted = WeightedRandomSampler(range(1, 41), 32, generator=generator)
+    size = 8 // run.readers
+    return run.fit(train=DataLoader(_samples(40), size, sampler=weighted))
+
+
+def batch_sampler(run: Run) -> Any:
+    order = RandomSampler(_samples(40), generator=torch.Generator().manual_seed(2))
+    batches = BatchSampler(order, 8 // run.readers, drop_last=True)
+    return run.fit(train=DataLoader(_samples(40), batch_sampler=batches))
+
+
+def last_incomplete_batch(run: Run) -> Any:
+    result = run.fit(train=run.data(20), check=run.data(12))
+    assert result["steps"] == 3
+    return result
+
+
+def map_dataset_subset(run: Run) -> Any:
+    return run.fit(train=DataLoader(Subset(_samples(40), range(3, 35)), 8 // run.readers))
+
+
+FEATURES: dict[str, Callable[[Run], Any]] = {
+    f.__name__: f
+    for f in (
+        sum_and_count,
+        self_log,
+        overfit_batches,
+        limit_batches,
+        fast_dev_run,
+        detect_anomaly,
+        clip_by_norm,
+        precision_32,
+        precision_bf16,
+        several_validation_loaders,
+        reduce_on_plateau,
+        scheduler_by_epoch,
+        early_stopping,
+        model_checkpoint,
+        learning_rate_monitor,
+        csv_logger,
+        any_logger,
+        progress_bars,
+        summaries,
+        device_stats,
+        timer,
+        accumulation_scheduler,
+        moving_average,
+        iterable_dataset,
+        samplers,
+        batch_sampler,
+        last_incomplete_batch,
+        map_dataset_subset,
+    )
+}
+
+
+# --- what is refused
+
+
+class TwoOptimizers(Lit):
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD([p], lr=0.1) for p in list(self.parameters())[:2]]
+
+
+class Ragged(Numbers):
+    """Readers have different numbers of samples."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for i, sample in enumerate(super().__iter__()):
+            if i < 12 or self.reader == 0:
+                yield sample
+
+
+class Broken(Numbers):
+    """One reader fails."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for i, sample in enumerate(super().__iter__()):
+            if i == 8 and self.reader == 1:
+                raise RuntimeError("planted")
+            yield sample
+
+
+class Bucketed:
+    """A batch sampler that draws samples itself."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([[0, 1, 2, 3], [4, 5, 6, 7]])
+
+    def __len__(self) -> int:
+        return 2
+
+
+def stream(run: Run, kind: type[Numbers]) -> DataLoader[Any]:
+    return DataLoader(kind(run.reader, run.readers, 32), batch_size=4)
+
+
+def several_optimizers(run: Run) -> Any:
+    return run.fit(TwoOptimizers)
+
+
+def weight_averaging(run: Run) -> Any:
+    return run.fit(callbacks=[lightning_callbacks.WeightAveraging()])
+
+
+def stochastic_weight_averaging(run: Run) -> Any:
+    return run.fit(callbacks=[lightning_callbacks.StochasticWeightAveraging(1e-2)])
+
+
+def uneven_batches(run: Run) -> Any:
+    return run.fit(train=stream(run, Ragged))
+
+
+def failing_dataset(run: Run) -> Any:
+    return run.fit(train=stream(run, Broken))
+
+
+def own_batch_sampler(run: Run) -> Any:
+    return run.fit(train=DataLoader(_samples(40), batch_sampler=Bucketed()))
+
+
+def indivisible_batch(run: Run) -> Any:
+    return run.fit(train=run.data(18))
+
+
+REFUSED: dict[Callable[[Run], Any], str] = {
+    several_optimizers: "multiple optimizers is only supported with manual optimization",
+    weight_averaging: "WeightAveraging does not work with MegatronStrategy",
+    stochastic_weight_averaging: "StochasticWeightAveraging does not work with",
+    uneven_batches: r"after 3 the data of some has ended(.|\n)*limit_train_batches=3",
+    failing_dataset: "planted|batch 2 could not be read on another rank",
+    own_batch_sampler: r"DataLoader\(batch_sampler=Bucketed\)",
+    indivisible_batch: "cannot split a batch of 1 samples into 2 microbatches",
+}
+FEATURES_REFUSED = {f.__name__: (f, says) for f, says in REFUSED.items()}
+
+
+def refusal(name: str, folder: str) -> str:
+    """Return the message with which a run ends on this rank."""
+    try:
+        FEATURES_REFUSED[name][0](Run(folder, True))
+    except Exception as error:
+        return str(error)
+    raise AssertionError("nothing was refused")
+
+
+def on_meta(folder: str, world: int) -> Any:
+    """Train a module whose weights are on meta until it is split."""
+
+    class Meta(Lit):
+        def configure_model(self) -> None:
+            if self.net is None:
+                with torch.device("meta"):
+                    super().configure_model()
+
+    strategy = nemo2.MegatronStrategy(**(MESH if world > 1 else {}))
+    record = Record()
+    options = {"strategy": strategy, "devices": world, "val_check_interval": None}
+    made = trainer(folder, callbacks=[record], max_steps=3, **options)
+    made.fit(Meta(late=True), data(8 // (2 if world > 1 else 1), 24))
+    return record.losses
+
+
+def feature(name: str, folder: str, on_mesh: bool) -> Any:
+    """Return what a feature's run shows on this rank."""
+    return FEATURES[name](Run(folder, on_mesh))
