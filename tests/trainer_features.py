@@ -521,7 +521,8 @@ def on_meta(folder: str, world: int) -> Any:
     record = Record()
     options = {"strategy": strategy, "devices": world, "val_check_interval": None}
     made = trainer(folder, callbacks=[record], max_steps=3, **options)
-    made.fit(Meta(late=True), data(8 // (2 if world > 1 else 1), 24))
+    batch = 8 // (2 if world > 1 else 1)
+    made.fit(Meta(late=True), data(batch, 24), data(batch, 16))
     return record.losses
 
 
