@@ -12,8 +12,6 @@ class Shape:
     Attributes:
         ffn: width of the gated MLP; ``vocab`` is not tied.
         sequence: tokens of a sequence; ``batch``: sequences of the global batch.
-        microbatches: with pipeline stages, for each rank; without, the batch is cut into single
-            sequences.
     """
 
     width: int
