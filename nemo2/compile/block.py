@@ -44,7 +44,7 @@ class CompiledBlock:
 
     Attributes:
         forward: what runs eagerly, and is traced.
-        backend: ``"inductor"``, or another of those of ``torch.compile``.
+        backend: ``"inductor"`` or ``"aot_eager"``.
         told: why blocks run eagerly, as far as the user was told.
         selective: keep only matrix products and sums for backward (``remat="selective"``).
     """
@@ -78,7 +78,7 @@ class CompiledBlock:
 
     def refresh(self) -> None:
         """Take up what was compiled for the numbers that its modules hold now."""
-        now = tuple(tuple(sorted(s.items(), key=repr)) for s in scalars(self.block))
+        now = tuple(tuple(held.items()) for held in scalars(self.block))
         if now not in self._by_scalars and len(self._by_scalars) >= VARIANTS:
             self._variants = self._restless  # it would be compiled anew in each step
         else:

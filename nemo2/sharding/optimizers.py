@@ -88,7 +88,7 @@ def _fits(optimizer: Optimizer) -> bool:
 
 
 def _lend(optimizer: Optimizer) -> None:
-    """Put the shards in the places of the parameters that have gradients to step with."""
+    """Put the shards in the places of the parameters, with their gradients and state."""
     if optimizer not in _lent:  # after a step that raised its state may still be saved
         optimizer.register_state_dict_pre_hook(_give_back)
     lent = _lent[optimizer] = []
