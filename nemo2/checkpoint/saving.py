@@ -29,7 +29,7 @@ from .shards import Content, Shard
 from .storage import parts_missing
 
 PATIENCE = 600.0  # seconds without any rank's word after which a save is given up
-SHORT_PATIENCE = 10.0  # the same, once the training has failed
+SHORT_PATIENCE = 10.0  # the same, once the save or the training has failed
 _EVERY = 0.02  # seconds between looks at what ranks have said
 
 
@@ -58,6 +58,10 @@ class Job:
     @property
     def file(self) -> str:
         return f"{self.index.token}-rank{self.rank:05d}.safetensors"
+
+
+class _Silence(CheckpointError):
+    """Ranks were awaited in vain."""
 
 
 class Saving:
@@ -127,6 +131,8 @@ class Saving:
                 (self._job.folder / self._job.file).unlink(missing_ok=True)
                 files.write_text(self._said(self._job.rank, "failed"), self._failure)
             if self._job.rank == 0:
+                with suppress(OSError, ValueError):
+                    self._listen(0.0 if isinstance(error, _Silence) else SHORT_PATIENCE)
                 shutil.rmtree(self._job.folder, ignore_errors=True)
         finally:
             if self._job.lock is not None:
@@ -172,24 +178,39 @@ class Saving:
 
     def _others(self) -> list[Any]:
         """Return what the other ranks have said, when all of them have."""
-        job, found = self._job, dict[int, Any]()
-        limit = time.monotonic() + PATIENCE
-        while len(found) < job.world - 1:
-            for rank in range(1, job.world):
-                if rank not in found and self._said(rank, "json").is_file():
+        found, failed = self._listen(PATIENCE)
+        if failed:
+            rank = min(failed)
+            raise CheckpointError(f"rank {rank} could not write: {failed[rank]}")
+        silent = [r for r in range(1, self._job.world) if r not in found]
+        if silent:
+            raise _Silence(f"given up: ranks {silent} have not written their parts")
+        return [found[rank] for rank in sorted(found)]
+
+    def _listen(self, patience: float) -> tuple[dict[int, Any], dict[int, str]]:
+        """Wait for the other ranks; return what they have written, and why some could not.
+
+        Also of a save that has failed the others are awaited, though not long: what a rank still
+        writes would otherwise meet the removal of the folder.
+        """
+        job, found, failed = self._job, dict[int, Any](), dict[int, str]()
+        limit = time.monotonic() + patience
+        while True:
+            for rank in {*range(1, job.world)} - {*found, *failed}:
+                if self._said(rank, "json").is_file():
                     found[rank] = json.loads(self._said(rank, "json").read_text("utf-8"))
-                    limit = time.monotonic() + PATIENCE
-                if (failed := self._said(rank, "failed")).is_file():
-                    raise CheckpointError(f"rank {rank} could not write: {failed.read_text()}")
+                elif self._said(rank, "failed").is_file():
+                    failed[rank] = self._said(rank, "failed").read_text("utf-8")
+                    patience = min(patience, SHORT_PATIENCE)
+                else:
+                    continue
+                limit = time.monotonic() + patience
             if self._given_up.is_set():
                 limit = min(limit, time.monotonic() + SHORT_PATIENCE)
                 self._given_up.clear()
-            if time.monotonic() > limit:
-                silent = [r for r in range(1, job.world) if r not in found]
-                raise CheckpointError(f"given up: ranks {silent} have not written their parts")
-            if len(found) < job.world - 1:
-                time.sleep(_EVERY)
-        return [found[rank] for rank in range(1, job.world)]
+            if len(found) + len(failed) == job.world - 1 or time.monotonic() > limit:
+                return found, failed
+            time.sleep(_EVERY)
 
     def _said(self, rank: int, how: str) -> Path:
         return self._job.folder / f"rank-{rank:05d}.{how}"
