@@ -24,6 +24,7 @@ from .pipeline.absent import (
     to_meta,
     user_line,
 )
+from .pipeline.shapes import memory
 from .pytree import tree_flatten, tree_leaves
 from .randomness import draws
 from .sharding.actions import COMPOSITE, Watcher, is_marker
@@ -188,19 +189,19 @@ class CallRecorder(Watcher):
 
     def _spread_gradient(self, written: Tensor) -> None:
         """After a write in place a gradient flows through all that shares the memory."""
-        memory = _memory(written)
+        changed = memory(written)
         for value in self.values.values():
-            if _memory(value.absent.meta) == memory and differentiable(value.absent.meta):
+            if memory(value.absent.meta) == changed and differentiable(value.absent.meta):
                 value.absent.needs_grad = True
 
     def _check_memory(self, call: Call, out: Any) -> None:
         """Refuse a write in place into a tensor whose view is a copy, and so would not see it."""
-        if is_inplace(call.name) and _memory(call.operands[0].meta) in self.copied:
+        if is_inplace(call.name) and memory(call.operands[0].meta) in self.copied:
             raise refuse(call, "writes in place into memory shared with")
-        results = {_memory(x) for x in tree_leaves(out) if isinstance(x, Tensor)}
+        results = {memory(x) for x in tree_leaves(out) if isinstance(x, Tensor)}
         for op in call.operands:
-            if any(step != "vary" for step, _ in op.steps) and _memory(op.meta) in results:
-                self.copied.add(_memory(op.meta))
+            if any(step != "vary" for step, _ in op.steps) and memory(op.meta) in results:
+                self.copied.add(memory(op.meta))
 
     def _decide(self, number: int, calls: Sequence[Call], out: Any) -> Decision:
         out, call = to_meta(out), calls[-1]
@@ -296,7 +297,3 @@ class CallRecorder(Watcher):
         """Say whether every block has been called and none is running."""
         inside = any(a.block is not None for a in self.stack)
         return not inside and self.position == len(self.block_index) - 1
-
-
-def _memory(meta: Tensor) -> int:
-    return int(meta.untyped_storage()._cdata)

@@ -7,6 +7,7 @@ spawned once, on first use, and every job gets a fresh default process group.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -32,6 +33,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 SIZE = 8  # workers kept for reuse; larger worlds spawn more
 SPAWN_SECONDS = 240.0
+THREADS = 100  # of one worker, more than which are those of groups that nobody uses any more
 GRACE_SECONDS = 5.0  # how long ranks may take to follow a rank that failed
 # With 2, four ranks share two GPUs as if on two hosts: NCCL over the network instead of NVLink.
 HOSTS = int(os.environ.get("NEMO2_TEST_HOSTS", "1"))
@@ -318,6 +320,8 @@ def _leave(failed: bool) -> None:
 
         # Equal meshes of two jobs hash alike, but their groups differ.
         _clear_sharding_prop_cache()
+    if sys.platform == "linux" and len(os.listdir("/proc/self/task")) > THREADS:
+        gc.collect()  # models are cyclic, and keep the threads of their groups until then
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import PipelineError
 from ..pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from ..sharding.layout import WHOLE, Sharding
+from .shapes import on_meta
 
 REAL_CONSTRUCTORS = {
     "empty_like",
@@ -251,7 +252,8 @@ def absent_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     with torch._C.DisableTorchFunctionSubclass():
         try:
             shaped: Any = _SHAPES.get(name, func)
-            out = shaped(*to_meta(args), **to_meta(kwargs))
+            pure = not is_inplace(name) and "." not in name  # a dot: an attribute is set
+            out = on_meta(shaped, to_meta(args), to_meta(kwargs), pure=pure)
         except NeedsValueError:
             raise
         except (NotImplementedError, RuntimeError) as error:
