@@ -13,6 +13,8 @@ from tests.pool import Pool
 if os.environ.get("NEMO2_TEST_DEVICE", "cpu") == "cpu":
     # The gloo suite means the CPU also on a machine with GPUs, in all processes it starts.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Tests start many processes: only the first of them compiles what all import.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture(scope="session")
