@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import optree
@@ -49,14 +50,20 @@ def tensors(tree: Any) -> list[Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
+@lru_cache(maxsize=1024)
+def _may_contain(cls: type) -> bool:
+    if issubclass(cls, (Tensor, type, str, int, float)):
+        return False
+    return issubclass(cls, dict) or dataclasses.is_dataclass(cls)
+
+
 def _is_container(x: Any) -> bool:
-    if isinstance(x, (Tensor, type, str, int, float)) or x is None:
+    cls: Any = type(x)
+    if not _may_contain(cls):
         return False
     if isinstance(x, dict):
         return True
-    return dataclasses.is_dataclass(x) and any(
-        isinstance(v, (Tensor, dict, tuple, list)) for v in vars(x).values()
-    )
+    return any(isinstance(v, (Tensor, dict, tuple, list)) for v in vars(x).values())
 
 
 def _register(cls: type) -> None:

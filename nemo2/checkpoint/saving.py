@@ -60,7 +60,7 @@ class Job:
         return f"{self.index.token}-rank{self.rank:05d}.safetensors"
 
 
-class _Silence(CheckpointError):
+class _SilenceError(CheckpointError):
     """Ranks were awaited in vain."""
 
 
@@ -132,7 +132,7 @@ class Saving:
                 files.write_text(self._said(self._job.rank, "failed"), self._failure)
             if self._job.rank == 0:
                 with suppress(OSError, ValueError):
-                    self._listen(0.0 if isinstance(error, _Silence) else SHORT_PATIENCE)
+                    self._listen(0.0 if isinstance(error, _SilenceError) else SHORT_PATIENCE)
                 shutil.rmtree(self._job.folder, ignore_errors=True)
         finally:
             if self._job.lock is not None:
@@ -184,7 +184,7 @@ class Saving:
             raise CheckpointError(f"rank {rank} could not write: {failed[rank]}")
         silent = [r for r in range(1, self._job.world) if r not in found]
         if silent:
-            raise _Silence(f"given up: ranks {silent} have not written their parts")
+            raise _SilenceError(f"given up: ranks {silent} have not written their parts")
         return [found[rank] for rank in sorted(found)]
 
     def _listen(self, patience: float) -> tuple[dict[int, Any], dict[int, str]]:

@@ -253,7 +253,8 @@ def absent_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         try:
             shaped: Any = _SHAPES.get(name, func)
             pure = not is_inplace(name) and "." not in name  # a dot: an attribute is set
-            out = on_meta(shaped, to_meta(args), to_meta(kwargs), pure=pure)
+            leaves, spec = tree_flatten((args, kwargs))
+            out = on_meta(shaped, [_meta_of(x) for x in leaves], spec, pure=pure)
         except NeedsValueError:
             raise
         except (NotImplementedError, RuntimeError) as error:

@@ -25,27 +25,24 @@ class Shaped(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype
 
-    def on_meta(self) -> Tensor:
+    def empty(self) -> Tensor:
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
 
 
-def on_meta(func: Callable[..., Any], args: Any, kwargs: Any, *, pure: bool) -> Any:
+def on_meta(func: Callable[..., Any], leaves: list[Any], spec: Any, *, pure: bool) -> Any:
     """Return what ``func`` gives for arguments on meta; its result may be one seen before.
 
     Args:
+        leaves: of its arguments ``(args, kwargs)``, whose structure is ``spec``.
         pure: whether it changes nothing. Results that share memory with an argument are
             always made anew, so that writes in place into views can be followed.
     """
-    leaves, spec = tree_flatten((args, kwargs))
     key = tuple([_key(x) for x in leaves])
-    if pure and None not in key and _is_torch(func):
-        try:
-            hash(key)
-        except TypeError:  # slices
-            return func(*args, **kwargs)
+    if pure and None not in key and _is_torch(func) and _hashable(key):
         known = _result(func, spec, key, torch.get_default_dtype())
         if known is not None:
             return tree_unflatten(known[1], [_made(x) for x in known[0]])
+    args, kwargs = tree_unflatten(spec, leaves)
     return func(*args, **kwargs)
 
 
@@ -61,6 +58,14 @@ def _key(x: Any) -> Any:
 def _is_torch(func: Callable[..., Any]) -> bool:
     """Say whether ``func`` is the same in every step: no function that user code has made."""
     return not isinstance(func, FunctionType) or func.__module__.startswith(("torch", "nemo2"))
+
+
+def _hashable(key: tuple[Any, ...]) -> bool:
+    try:
+        hash(key)
+    except TypeError:  # slices
+        return False
+    return True
 
 
 @lru_cache(maxsize=8192)
@@ -84,9 +89,9 @@ def _result(
 
 
 def _made(x: Any) -> Any:
-    return x.on_meta() if type(x) is Shaped else x
+    return x.empty() if type(x) is Shaped else x
 
 
 def memory(meta: Tensor) -> int:
-    """Return what identifies the memory of a tensor that is alive; views have that of their base."""
+    """Return what identifies the memory of a tensor that is alive: views share their base's."""
     return int(meta.untyped_storage()._cdata)
