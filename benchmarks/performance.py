@@ -66,6 +66,7 @@ FOUR = [
     Row("8b16l", "tp=2,pp=2"),
     Row("8b16l", "pp=4", virtual_stages=2),
     Row("1b", "dp=4"),
+    Row("8b16l long", "cp=4"),
 ]
 TWO = [
     Row("8b16l", "dp=2", "cudnn"),

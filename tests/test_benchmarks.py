@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import performance
+from benchmarks import performance, resume
 from benchmarks.shapes import SHAPES
 from benchmarks.train import PEERS, arguments, measure
 
 
-def rows(mesh, options):
-    """Measure all peers, as torchrun's ranks would."""
+def rows(mesh, options, peers=PEERS):
+    """Measure peers, as torchrun's ranks would."""
     from megatron.core import parallel_state
 
     given = ["--shape", "tiny", "--mesh", mesh, "--steps", "1", "--losses", "4", *options]
     try:
-        return [measure(arguments([*given, "--peer", peer])) for peer in PEERS]
+        return [measure(arguments([*given, "--peer", peer])) for peer in peers]
     finally:
         parallel_state.destroy_model_parallel()
 
@@ -32,6 +32,14 @@ def test_peers_have_the_same_losses(pool, mesh, options):
     assert ours["losses"][0] != ours["losses"][3]
     assert ours["mfu"] > 0
     assert ours["peak_gib"] > 0
+
+
+def test_context_parallelism_by_hand_has_the_same_losses(pool):
+    with pytest.raises(RuntimeError, match="needs Transformer Engine"):
+        pool.run(1, rows, "cp=2", ["--eager"], ["megatron"])
+    ours, theirs = pool.run(4, rows, "dp=2,cp=2", ["--eager"], ["nemo2", "torch"])[0]
+    assert ours["losses"] == pytest.approx(theirs["losses"], abs=2e-5)
+    assert ours["losses"][0] != ours["losses"][3]
 
 
 def test_the_shapes_are_those_of_the_table():
@@ -61,3 +69,14 @@ def test_a_table_compares_within_one_row_and_keeps_failures(tmp_path):
     assert "| b | torch | out of memory |" in performance.report(results)
     performance.plot(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_a_training_that_goes_on_says_what_both_lives_ran():
+    first = [{"started": 1.0}, *({"step": n, "loss": 2.0, "seconds": 1.0} for n in range(1, 6))]
+    then = [{"started": 2.0}, *({"step": n, "loss": 2.1, "seconds": 3.0} for n in range(4, 9))]
+    then.append({"generated": 4, "known": 3, "seconds": 0.5})
+    said = resume.table(resume.arguments(["--every", "3"]), [first, then])
+    assert "dp=2,tp=2: steps 1 to 5, 1.0 s" in said[0]
+    assert "pp=2,tp=2: steps 4 to 8, 2.0 s" in said[1]
+    assert said[2] == "steps that both ran: [4, 5]; losses differ by 5.0e-02 at most"
+    assert "generated 4 tokens in 0.5 s, of which 3" in said[-1]

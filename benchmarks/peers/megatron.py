@@ -84,6 +84,8 @@ def _constant(value: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def build(case: Case) -> Step:
+    if case.sizes.cp > 1:
+        raise ValueError("megatron-core's context parallelism needs Transformer Engine")
     with _at_home(case.device):
         chunks, optimizer, config = _model(case)
     from megatron.core import parallel_state

@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import (
 
 from ..case import Case, Step
 from ..llama import Llama, fill, loss_of, rotary
+from .context import Cut, split_attention
 
 
 class Part(nn.Module):
@@ -34,9 +35,12 @@ class Part(nn.Module):
         self.embed = whole.embed if first == 0 else None
         self.layers = whole.layers[first:last]
         self.norm, self.head = (whole.norm, whole.head) if end else (None, None)
+        self.cut: Cut | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         cos, sin = rotary(self.shape.sequence, self.shape.head, x.device)
+        if self.cut is not None:
+            cos, sin = self.cut.of(cos, 0), self.cut.of(sin, 0)
         if self.embed is not None:
             x = self.embed(x)
         for layer in self.layers:
@@ -46,9 +50,10 @@ class Part(nn.Module):
 
 def build(case: Case) -> Step:
     sizes = case.sizes
-    mesh = init_device_mesh(
-        case.device.type, (sizes.pp, sizes.dp, sizes.tp), mesh_dim_names=("pp", "dp", "tp")
-    )
+    if sizes.cp > 1 and sizes.pp * sizes.tp > 1:
+        raise ValueError(f"this peer's context parallelism is written for dp and cp, not {sizes}")
+    shape = tuple(size for _, size in sizes.items())
+    mesh = init_device_mesh(case.device.type, shape, mesh_dim_names=("pp", "dp", "cp", "tp"))
     with case.device:
         whole = Llama(case.shape)
     fill(whole)
@@ -57,6 +62,9 @@ def build(case: Case) -> Step:
     each = case.shape.layers / count
     parts = [Part(whole, round(i * each), round((i + 1) * each)) for i in own]
     del whole
+    if sizes.cp > 1:
+        parts[0].cut = Cut(mesh.get_group("cp"))
+        split_attention(parts[0], parts[0].cut)
     for part in parts:
         _parallelize(part, mesh, case)
     parameters = [p for part in parts for p in part.parameters()]
@@ -78,11 +86,12 @@ def _parallelize(part: Part, mesh: DeviceMesh, case: Case) -> None:
     if case.compile:
         for layer in part.layers:
             layer.compile(fullgraph=True)
-    if case.sizes.dp == 1 and case.dtype == torch.float32:
+    if case.sizes.dp * case.sizes.cp == 1 and case.dtype == torch.float32:
         return
     # On a mesh of one it only casts, which is how it is done by hand.
     policy = MixedPrecisionPolicy(param_dtype=case.dtype, reduce_dtype=torch.float32)
-    how: Any = {"mesh": mesh["dp"], "mp_policy": policy, "reshard_after_forward": case.reshard}
+    data = mesh["dp"] if case.sizes.cp == 1 else mesh["dp", "cp"]._flatten("dp_cp")
+    how: Any = {"mesh": data, "mp_policy": policy, "reshard_after_forward": case.reshard}
     for layer in part.layers:
         fully_shard(layer, **how)
     fully_shard(part, **how)
@@ -131,8 +140,11 @@ def _plain(part: Part, case: Case) -> Callable[[Tensor], Tensor]:
                 managed.set_requires_gradient_sync(last)
                 managed.set_is_last_backward(last)
                 managed.set_reshard_after_backward(last or case.reshard)
+            inputs, targets = one[:, :-1], one[:, 1:]
+            if part.cut is not None:
+                inputs, targets = part.cut.of(inputs, 1), part.cut.of(targets, 1)
             with loss_parallel():
-                loss = loss_of(part(one[:, :-1]), one[:, 1:]) / case.microbatches
+                loss = loss_of(part(inputs), targets) / case.microbatches
                 loss.backward()
             total += loss.full_tensor() if isinstance(loss, DTensor) else loss.detach()
         return total
@@ -173,9 +185,10 @@ def _pipeline(
 
 
 def _mean(loss: Tensor, mesh: DeviceMesh, case: Case) -> Tensor:
-    """Return the mean loss over dp, on every rank."""
+    """Return the mean loss over dp and cp, on every rank."""
     if case.sizes.pp > 1:  # stages without a loss have zero
         dist.all_reduce(loss, group=mesh.get_group("pp"))
-    if case.sizes.dp > 1:
-        dist.all_reduce(loss, group=mesh.get_group("dp"))
-    return loss / case.sizes.dp
+    for axis in ("dp", "cp"):
+        if mesh[axis].size() > 1:
+            dist.all_reduce(loss, group=mesh.get_group(axis))
+    return loss / (case.sizes.dp * case.sizes.cp)
