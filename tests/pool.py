@@ -33,6 +33,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 SIZE = 8  # workers kept for reuse; larger worlds spawn more
 SPAWN_SECONDS = 240.0
+PRELOADED = ["tests.preload"]
 THREADS = 100  # of one worker, more than which are those of groups that nobody uses any more
 GRACE_SECONDS = 5.0  # how long ranks may take to follow a rank that failed
 # With 2, four ranks share two GPUs as if on two hosts: NCCL over the network instead of NVLink.
@@ -164,7 +165,12 @@ class Pool:
     def _spawn(self) -> Worker:
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="nemo2-pool-")
-        context = multiprocessing.get_context("spawn")
+        # Workers are forked from one process that has imported everything, not with CUDA.
+        context: Any = multiprocessing.get_context(
+            "spawn" if self.device == "cuda" else "forkserver"
+        )
+        if self.device != "cuda":
+            context.set_forkserver_preload(PRELOADED)
         ours, theirs = context.Pipe()
         descriptor, name = tempfile.mkstemp(dir=self._folder.name)
         os.close(descriptor)
