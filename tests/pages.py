@@ -128,7 +128,7 @@ def run(page: Page, folder: str | Path) -> int:
 
 
 def _run(block: Block, name: str, names: dict[str, object]) -> None:
-    source, named = block.code, FILE.match(block.code)
+    source, named, where = block.code, FILE.match(block.code), f"{name}:{block.line}"
     if named:  # errors that quote a line of the user's name this file
         name = named[1]
         linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
@@ -143,7 +143,6 @@ def _run(block: Block, name: str, names: dict[str, object]) -> None:
         if "raises" not in block.expected:
             raise
         raised = f"{type(error).__name__}: {error}"
-    where = f"line {block.line} of the page"
     wanted = block.expected.get("raises")
     assert wanted is None or raised == wanted, f"{where} raised\n{raised}\ninstead of\n{wanted}"
     wanted = block.expected.get("prints")

@@ -23,7 +23,7 @@ def made() -> dict[str, Any]:
 def test_pictures_of_plans_are_up_to_date(pool: Pool) -> None:
     """Draw them again with ``python -m docs.pictures`` where this fails."""
     (now,) = pool.run(1, made)
-    assert {name: shown(FOLDER / f"{name}.svg") for name in PLANNED} == now
+    assert [name for name in PLANNED if shown(FOLDER / f"{name}.svg") != now[name]] == []
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -48,6 +48,8 @@ def test_the_script_draws(tmp_path, name: str) -> None:
 
 @pytest.mark.parametrize("name", record.SCHEDULES)
 def test_a_schedule_is_recorded(pool: Pool, name: str) -> None:
+    if pool.device != "cpu":
+        pytest.skip("recorded on the CPU")
     pipeline = record.SCHEDULES[name]
     ranks = pool.run(record.RANKS, record.trials, pipeline, 1, 0.002, 0.004)
     rows = record.joined(rank[0] for rank in ranks)
