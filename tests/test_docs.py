@@ -16,7 +16,6 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_PYTHON = [path for path in PAGES if read(path).blocks]
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("path", WITH_PYTHON, ids=lambda path: path.stem)
 def test_blocks_run(pool: Pool, tmp_path: Path, path: Path) -> None:
     if pool.device != "cpu":
