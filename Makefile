@@ -1,6 +1,7 @@
 # make test      set up .venv and run the tests
 # make demo      set up .venv and train the example on this machine
 # make matrix    every model on every mesh (slow)
+# make docs      the documentation, into site/
 # make lint      ruff and mypy        make format    apply ruff
 # make clean     remove .venv and caches
 #
@@ -10,7 +11,7 @@
 
 SHELL  := /bin/bash
 PYTHON ?= python3
-EXTRAS := test,plots,hf,cli,dev
+EXTRAS := test,plots,hf,cli,docs,dev
 PINNED := $(shell grep '^torch==' constraints.txt)
 GPU    := $(shell command -v nvidia-smi 2>/dev/null)
 BIN    := .venv/bin
@@ -25,7 +26,7 @@ else
   INSTALL_TORCH = $(BIN)/pip install -q "$(PINNED)+cpu" 2>/dev/null || $(BIN)/pip install "$(PINNED)"
 endif
 
-.PHONY: test demo matrix lint format clean
+.PHONY: test demo matrix docs lint format clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
@@ -35,6 +36,9 @@ demo: $(STAMP)
 
 matrix: $(STAMP)
 	$(BIN)/python -m tests.matrix $(ARGS)
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -46,7 +50,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
 # torch first and alone: what follows then finds it installed, whichever build it is.
 $(STAMP): pyproject.toml constraints.txt
