@@ -151,7 +151,7 @@ class ParallelModel(nn.Module):
 
         Communication: that of a forward; broadcast over ``pp`` when asked for.
         """
-        self._refuse_torch_func()
+        self._check_parameters()
 
         def step(module: nn.Module, batch: Any) -> Any:
             return module(*batch[0], **batch[1])
@@ -183,7 +183,7 @@ class ParallelModel(nn.Module):
 
         Communication: under ``fsdp`` the first forward's gathers, and none after it.
         """
-        self._refuse_torch_func()
+        self._check_parameters()
         self.storage.follow_freezing()
         self._known_flags = flags(self.module)
         try:
@@ -247,7 +247,7 @@ class ParallelModel(nn.Module):
         Returns the global loss and, on the last stage, what each loss_fn returned beside it.
         ``key`` says when two calls are the same step; by default the function does.
         """
-        self._refuse_torch_func()
+        self._check_parameters()
         for entry in self.storage:
             entry.compute.grad = None
         losses = Losses(loss_fn, has_aux, self.groups.sizes.cp)
@@ -451,13 +451,15 @@ class ParallelModel(nn.Module):
         ]
         return tree_unflatten(spec, moved)
 
-    def _refuse_torch_func(self) -> None:
+    def _check_parameters(self) -> None:
+        """Refuse ways of torch to run with other parameters, which a run would not see."""
         if torch._C._functorch.maybe_current_level() is not None:
             raise Nemo2Error(
                 "torch.func transforms over a ParallelModel are not supported:"
                 " its gradients cross ranks\n"
                 "  options: nemo2.value_and_grad(loss_fn, model)(model.params, batch) | nemo2.grad"
             )
+        self.storage.check_places(self)
 
 
 def _is_alone(plan: Plan) -> bool:

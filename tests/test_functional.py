@@ -281,6 +281,36 @@ def test_refusals(pool):
             assert part in message
 
 
+def replaced(device):
+    """Give a model other parameters in torch's ways; what its calls say, and what it gives."""
+    parallel = nemo2.parallelize(torch.nn.Linear(2, 2), nemo2.make_mesh(device=device))
+    x, own = torch.ones(1, 2, device=device), parallel.params["weight"]
+    before, zeros = parallel(x), {n: torch.zeros_like(p) for n, p in parallel.params.items()}
+    said = []
+    with pytest.raises(nemo2.Nemo2Error) as caught:
+        torch.func.functional_call(parallel, zeros, (x,))
+    said.append(str(caught.value))
+    assert torch.equal(parallel(x), before)
+    parallel.module.weight = torch.nn.Parameter(torch.zeros(2, 2, device=device))
+    with pytest.raises(nemo2.Nemo2Error) as caught:
+        parallel.backward(lambda m, x: m(x).sum(), x)
+    said.append(str(caught.value))
+    parallel.module.weight = own
+    assert torch.equal(parallel(x), before)
+    return said
+
+
+def test_other_parameters_are_not_ignored(pool):
+    called, assigned = pool.run(1, replaced, pool.device)[0]
+    assert (
+        "parameters such as 'weight' (2 in all) were replaced after the model was split" in called
+    )
+    assert (
+        "parameters such as 'weight' (1 in all) were replaced after the model was split" in assigned
+    )
+    assert "nemo2.value_and_grad(loss_fn, model)(params, batch)" in called
+
+
 def forward_only(device):
     model, parallel = build({"pp": 2, "tp": 2}, "ddp", device, model=Skip(glue=True))
     parallel.eval()

@@ -18,7 +18,10 @@ from .names import Match, Source, match
 from .target import Item, Target
 
 _SHOWN = 8
-LENIENT = "options: strict=False keeps what is missing and drops what is unexpected"
+LENIENT = (
+    "options: strict=False keeps what is missing and drops what is unexpected"
+    " (other shapes are refused all the same)"
+)
 _NAMES = " | the names of today: hf_model.save_pretrained(path, save_original_format=False)"
 
 

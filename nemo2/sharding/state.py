@@ -23,10 +23,22 @@ def whole_if_fused(entry: Entry, storage: Storage, groups: MeshGroups) -> Tensor
     """
     if not is_fused(entry.plan):
         return entry.view.detach()
-    held = entry.wrap(entry.local, storage.mesh).full_tensor()
+    held = _gathered(entry.wrap(entry.local, storage.mesh))
     whole = in_original_order(held, entry.plan, groups.sizes.tp)
     everywhere = [Replicate()] * storage.mesh.ndim
     return DTensor.from_local(whole, storage.mesh, everywhere, run_check=False)
+
+
+def _gathered(x: DTensor) -> Tensor:
+    """Return the whole tensor, gathered over one axis after the other, the innermost first.
+
+    That is what ``full_tensor`` does, with a warning that it does (torch 2.11 to 2.13).
+    """
+    for axis in reversed(range(x.device_mesh.ndim)):
+        x = x.redistribute(
+            placements=[*x.placements[:axis], Replicate(), *x.placements[axis + 1 :]]
+        )
+    return x.to_local()
 
 
 def gather_params(storage: Storage, plan: Plan, groups: MeshGroups) -> dict[str, Tensor]:
@@ -37,7 +49,7 @@ def gather_params(storage: Storage, plan: Plan, groups: MeshGroups) -> dict[str,
     own: dict[str, Tensor] = {}
     for entry in storage:
         if groups.pp_rank == entry.plan.ranks[0]:
-            held = entry.wrap(entry.local, storage.mesh).full_tensor()
+            held = _gathered(entry.wrap(entry.local, storage.mesh))
             own[entry.name] = in_original_order(held, entry.plan, groups.sizes.tp)
     everything = _share(own, groups) if len(plan.stages) > 1 else own
     for param in plan.params:

@@ -115,6 +115,25 @@ class Storage:
                 e.compute.requires_grad_(e.view.requires_grad)
                 e.leaf.requires_grad_(e.view.requires_grad)
 
+    def check_places(self, door: nn.Module) -> None:
+        """Raise Nemo2Error when other tensors stand in the places of parameters.
+
+        Args:
+            door: what users call; torch's functions put tensors there, under the same names.
+        """
+        if self.shown:
+            return
+        strange = [e.name for e in self for m, x in e.places if m._parameters.get(x) is not e.view]
+        strange += [e.name for e in self if e.name in door.__dict__ or e.name in door._parameters]
+        if strange:
+            raise Nemo2Error(
+                f"parameters such as '{strange[0]}' ({len(strange)} in all) were replaced after the model"
+                " was split (torch.func.functional_call, load_state_dict(assign=True)), which a run"
+                " would not see\n"
+                "  options: nemo2.value_and_grad(loss_fn, model)(params, batch) |"
+                " model.load_full_state_dict(state) | nemo2.load | copy into them under no_grad"
+            )
+
     @contextmanager
     def computing(self) -> Iterator[None]:
         """Put the plain local parameters into the module for the time of a run, or of several."""
