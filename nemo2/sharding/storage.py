@@ -127,9 +127,9 @@ class Storage:
         strange += [e.name for e in self if e.name in door.__dict__ or e.name in door._parameters]
         if strange:
             raise Nemo2Error(
-                f"parameters such as '{strange[0]}' ({len(strange)} in all) were replaced after the model"
-                " was split (torch.func.functional_call, load_state_dict(assign=True)), which a run"
-                " would not see\n"
+                f"parameters such as '{strange[0]}' ({len(strange)} in all) were replaced after the"
+                " model was split (torch.func.functional_call, load_state_dict(assign=True)), which"
+                " a run would not see\n"
                 "  options: nemo2.value_and_grad(loss_fn, model)(params, batch) |"
                 " model.load_full_state_dict(state) | nemo2.load | copy into them under no_grad"
             )
