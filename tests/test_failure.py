@@ -19,8 +19,16 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
-from tests.lightning_programs import Lit, RecordSamples, fit
+import nemo2
+from nemo2.checkpoint.index import INDEX, Index
+from nemo2.checkpoint.plain import encode
+from nemo2.lightning.last import check_same, last_of
+from nemo2.lightning.preemption import folder_of
+from tests.lightning_programs import Lit, RecordSamples, fit, trainer
+from tests.pool import Pool
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 240.0  # of one training with all of its lives; on an idle machine it takes 20
@@ -61,11 +69,9 @@ class Fails(Lit):
                 raise RuntimeError("planted")
             if what == "told":
                 os.kill(os.getpid(), signal.SIGTERM)
-            if what == "launcher":
+            if what == "launcher":  # which sends it on to all ranks
                 os.kill(os.getppid(), signal.SIGTERM)
                 time.sleep(1)
-            if what == "stop":
-                os.kill(os.getpid(), signal.SIGSTOP)
         return super().training_step(batch, batch_idx)
 
 
@@ -76,8 +82,6 @@ def life(folder: Path) -> int:
 
 
 def train(folder: Path, options: dict[str, Any]) -> None:
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
     torch.set_num_threads(1)
     saves = ModelCheckpoint(folder / "saved", "{step}", every_n_train_steps=2, save_top_k=-1)
     Fails.folder = folder
@@ -101,8 +105,6 @@ def train(folder: Path, options: dict[str, Any]) -> None:
 def launch(folder: Path, restarts: int) -> None:
     """Do what ``torchrun --standalone --nproc-per-node=2 --max-restarts=N`` does, by forking."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    import nemo2.lightning  # noqa: F401
 
     config = LaunchConfig(
         min_nodes=1,
@@ -185,12 +187,157 @@ def test_torchrun_restarts_from_the_last_checkpoint(tmp_path: Path, whole: dict[
     code, said = run(tmp_path, restarts=3, FAIL=json.dumps(fail))
     assert code == 0, said
     assert said.count("done") == 2, said
-    assert "rank 1, step 3: its process died" in said or "rank 1, step 2:" in said, said
     assert "rank 0, step 5: RuntimeError: planted" in said, said
     place = tmp_path / "saved" / "preempted-step=7.ckpt"
     told = "rank 1 was told to end (SIGTERM) at global step 7: saved "
     assert f"nemo2: {told}'{place}', leaving with exit status 143" in said
     check(tmp_path, whole, [0, 2, 4, 7])
+
+
+def test_sigterm_saves_and_leaves(tmp_path: Path, whole: dict[str, Any]) -> None:
+    """Told through torchrun; then only the process that has started the others; then it ends."""
+    fail = json.dumps([["launcher", 1, 3], ["told", 0, 6], None])
+    options = {"asynchronous_save": True}
+    with_all = {"FAIL": fail, "OPTIONS": json.dumps(options)}
+    place = tmp_path / "saved"
+    code, said = run(tmp_path, *TORCHRUN, **with_all)
+    assert code not in (0, -signal.SIGKILL), said
+    told = f"nemo2: rank 0 was told to end (SIGTERM) at global step 4: saved '{place}/"
+    assert f"{told}preempted-step=4.ckpt', leaving with exit status 143" in said, said
+    code, said = run(tmp_path, **with_all, LIFE="1")
+    assert code == 143, said
+    told = f"nemo2: rank 0 was told to end (SIGTERM) at global step 7: saved '{place}/"
+    assert f"{told}preempted-step=7.ckpt', leaving with exit status 143" in said, said
+    assert "ended early" not in said
+    kept = [path.name for path in place.glob("preempted*")]
+    assert kept == ["preempted-step=7.ckpt"]
+    code, said = run(tmp_path, restarts=0, **with_all, LIFE="2")
+    assert code == 0, said
+    check(tmp_path, whole, [0, 4, 7])
+
+
+class Told(RecordSamples):
+    """Sends SIGTERM to one rank in one step; twice, and again while it saves."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, *rest: Any) -> None:
+        super().on_train_batch_start(trainer, *rest)
+        if trainer.global_rank == 1 and trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_save_checkpoint(self, *rest: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_and_go_on(folder: str, case: dict[str, Any], step: int) -> list[Any]:
+    """Train, told to end in step ``step``, and go on; return both parts, and the checkpoint."""
+    handler = signal.getsignal(signal.SIGTERM)
+    options = {"batch": GLOBAL // 2, "samples": SAMPLES, "shuffle": True, "devices": 2}
+    options |= {"max_steps": STEPS, "max_epochs": 20} | case
+    told, rest = Told(step), RecordSamples()
+    with pytest.raises(SystemExit) as left:
+        fit(folder, {"dp": 2}, callbacks=[told], **options)
+    assert left.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == handler
+    (path,) = Path(folder, "checkpoints").glob("*")
+    fit(folder, {"dp": 2}, ckpt_path="last", callbacks=[rest], **options)
+    assert signal.getsignal(signal.SIGTERM) == handler
+    return [told.losses, rest.losses, told.samples, rest.samples, path.name]
+
+
+@pytest.mark.parametrize(
+    ("case", "step", "stops"),
+    [
+        ({}, 4, 5),  # after its validation
+        ({}, 7, 9),  # the last step of an epoch: after the next one
+        ({"limit_train_batches": 1, "val_check_interval": 1.0}, 3, 4),
+        ({"accumulate_grad_batches": 2, "val_check_interval": 1.0}, 1, 2),
+    ],
+)
+def test_training_goes_on_exactly(
+    pool: Pool, tmp_path: Path, case: dict[str, Any], step: int, stops: int
+) -> None:
+    options = {"samples": SAMPLES, "shuffle": True, "max_steps": STEPS, "max_epochs": 20} | case
+    first, second = pool.run(2, stop_and_go_on, str(tmp_path), case, step)
+    want = fit(tmp_path / "whole", None, batch=GLOBAL, **options)
+    assert first[:2] == second[:2]
+    assert first[4] == f"preempted-step={stops}.ckpt"
+    assert len(first[0]) == stops * case.get("accumulate_grad_batches", 1)
+    assert first[0] + first[1] == pytest.approx(want["losses"], rel=1e-9)
+    both = zip(first[2] + first[3], second[2] + second[3], strict=True)
+    order = [[x for pair in zip(*own, strict=True) for x in pair] for own in both]
+    assert order == want["samples"]
+
+
+# --- which checkpoint is the last
+
+
+def make(folder: Path, name: str, when: int, extra: Any = None, missing: int = 0) -> Path:
+    """Write a checkpoint without tensors, of one file of 8 bytes, completed at ``when``."""
+    path = folder / name
+    path.mkdir(parents=True)
+    extra = {"lightning": {"callbacks": {}}} if extra is None else extra
+    index = Index(path, "0" * 12, {}, files={"data": (8, 0)}, extra=encode(extra, "extra"))
+    (path / "data").write_bytes(b" " * (8 - missing))
+    (path / INDEX).write_text(index.text)
+    os.utime(path / INDEX, (when, when))
+    return path
+
+
+def last(folder: Path, fn: TrainerFn = TrainerFn.FITTING) -> str | None:
+    saves = ModelCheckpoint(folder / "saved")
+    made = trainer(folder, callbacks=[saves], enable_checkpointing=True)
+    made.state.fn = fn
+    return last_of(made)
+
+
+def test_the_last_is_the_newest_complete_one(tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    with pytest.warns(UserWarning, match="finds no checkpoint in .*saved': nothing is loaded"):
+        assert last(tmp_path) is None
+    make(saved, "step=30.ckpt", 10)
+    newest = make(saved, "preempted-step=20.ckpt", 20)
+    make(saved, ".step=40.ckpt.unfinished-000000000000", 30)
+    make(saved, "bare", 40, extra={"step": 1})
+    weights = make(saved, "weights.ckpt", 50, extra={"lightning": {}})
+    (saved / "step=50.ckpt").mkdir()
+    (saved / "step=50.ckpt" / "000000000000-rank00000.safetensors").touch()
+    (saved / "last.ckpt").write_text("of Lightning's own")
+    assert last(tmp_path) == str(newest)
+    assert last(tmp_path, TrainerFn.VALIDATING) == str(weights)
+    make(saved, "step=60.ckpt", 60, missing=1)
+    with pytest.warns(UserWarning, match="takes an older one, .*20.ckpt, as .*data was truncated"):
+        assert last(tmp_path) == str(newest)
+
+
+def test_nothing_but_damage_is_no_beginning(tmp_path: Path) -> None:
+    make(tmp_path / "saved", "step=1.ckpt", 10, missing=8)
+    broken = make(tmp_path / "saved", "step=2.ckpt", 20)
+    (broken / INDEX).write_text("{")
+    with pytest.raises(nemo2.CheckpointError) as caught:
+        last(tmp_path)
+    said = str(caught.value)
+    assert "every checkpoint in" in said
+    assert "step=2.ckpt': checkpoint.json was truncated" in said
+    assert "step=1.ckpt': data was truncated: it has 0 bytes of 8" in said
+
+
+def test_without_a_callback_it_is_where_a_told_fit_saves(tmp_path: Path) -> None:
+    path = make(tmp_path / "checkpoints", "preempted-step=1.ckpt", 10)
+    made = trainer(tmp_path)
+    made.state.fn = TrainerFn.FITTING
+    assert last_of(made) == str(path)
+    assert folder_of(made) == path.parent
+
+
+def test_ranks_that_see_other_folders_are_told() -> None:
+    check_same(["a", "a"])
+    with pytest.raises(nemo2.CheckpointError, match=r"ranks \[0, 2\]: a\n  ranks \[1\]: none"):
+        check_same(["a", None, "a"])
 
 
 if __name__ == "__main__":

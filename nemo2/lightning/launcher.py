@@ -13,6 +13,7 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from .last import last_of
+from .preemption import EXIT_STATUS
 
 
 class Launcher(_SubprocessScriptLauncher):
@@ -62,6 +63,8 @@ class _Observer(_ChildProcessObserver):
         failed = [
             (i + 1, p.returncode) for i, p in enumerate(self._child_processes) if p.returncode
         ]
+        if all(code == EXIT_STATUS for _, code in failed):
+            return  # all ranks leave together, this one as well
         limit = time.monotonic() + self.patience
         while time.monotonic() < limit and any(p.poll() is None for p in self._child_processes):
             time.sleep(0.2)
