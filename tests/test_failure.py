@@ -225,7 +225,8 @@ class Told(RecordSamples):
 
     def on_train_batch_start(self, trainer: Any, *rest: Any) -> None:
         super().on_train_batch_start(trainer, *rest)
-        if trainer.global_rank == 1 and trainer.global_step == self.step:
+        last = trainer.global_rank == trainer.world_size - 1
+        if last and trainer.global_step == self.step:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -233,43 +234,44 @@ class Told(RecordSamples):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def stop_and_go_on(folder: str, case: dict[str, Any], step: int) -> list[Any]:
+def stop_and_go_on(folder: str, case: dict[str, Any], step: int, world: int) -> list[Any]:
     """Train, told to end in step ``step``, and go on; return both parts, and the checkpoint."""
     handler = signal.getsignal(signal.SIGTERM)
-    options = {"batch": GLOBAL // 2, "samples": SAMPLES, "shuffle": True, "devices": 2}
+    options = {"batch": GLOBAL // world, "samples": SAMPLES, "shuffle": True, "devices": world}
     options |= {"max_steps": STEPS, "max_epochs": 20} | case
     told, rest = Told(step), RecordSamples()
     with pytest.raises(SystemExit) as left:
-        fit(folder, {"dp": 2}, callbacks=[told], **options)
+        fit(folder, {"dp": world}, callbacks=[told], **options)
     assert left.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == handler
     (path,) = Path(folder, "checkpoints").glob("*")
-    fit(folder, {"dp": 2}, ckpt_path="last", callbacks=[rest], **options)
+    fit(folder, {"dp": world}, ckpt_path="last", callbacks=[rest], **options)
     assert signal.getsignal(signal.SIGTERM) == handler
     return [told.losses, rest.losses, told.samples, rest.samples, path.name]
 
 
 @pytest.mark.parametrize(
-    ("case", "step", "stops"),
+    ("world", "case", "step", "stops"),
     [
-        ({}, 4, 5),  # after its validation
-        ({}, 7, 9),  # the last step of an epoch: after the next one
-        ({"limit_train_batches": 1, "val_check_interval": 1.0}, 3, 4),
-        ({"accumulate_grad_batches": 2, "val_check_interval": 1.0}, 1, 2),
+        (2, {}, 4, 5),  # after its validation
+        (2, {}, 7, 9),  # the last step of an epoch: after the next one
+        (2, {"limit_train_batches": 1, "val_check_interval": 1.0}, 3, 4),
+        (2, {"accumulate_grad_batches": 2, "val_check_interval": 1.0}, 1, 2),
+        (1, {}, 2, 3),
     ],
 )
 def test_training_goes_on_exactly(
-    pool: Pool, tmp_path: Path, case: dict[str, Any], step: int, stops: int
+    pool: Pool, tmp_path: Path, world: int, case: dict[str, Any], step: int, stops: int
 ) -> None:
+    ranks = pool.run(world, stop_and_go_on, str(tmp_path), case, step, world)
     options = {"samples": SAMPLES, "shuffle": True, "max_steps": STEPS, "max_epochs": 20} | case
-    first, second = pool.run(2, stop_and_go_on, str(tmp_path), case, step)
     want = fit(tmp_path / "whole", None, batch=GLOBAL, **options)
-    assert first[:2] == second[:2]
-    assert first[4] == f"preempted-step={stops}.ckpt"
-    assert len(first[0]) == stops * case.get("accumulate_grad_batches", 1)
-    assert first[0] + first[1] == pytest.approx(want["losses"], rel=1e-9)
-    both = zip(first[2] + first[3], second[2] + second[3], strict=True)
-    order = [[x for pair in zip(*own, strict=True) for x in pair] for own in both]
+    for told, rest, _, _, name in ranks:
+        assert name == f"preempted-step={stops}.ckpt"
+        assert len(told) == stops * case.get("accumulate_grad_batches", 1)
+        assert told + rest == pytest.approx(want["losses"], rel=1e-9)
+    read = zip(*(before + after for _, _, before, after, _ in ranks), strict=True)
+    order = [[x for same in zip(*own, strict=True) for x in same] for own in read]
     assert order == want["samples"]
 
 

@@ -33,6 +33,8 @@ from nemo2.mesh.processes import host_name, lives
 
 NEIGHBOURS = 8  # ranks that one rank watches: every rank is watched, at a cost that does not grow
 _LEFT = "it left while other ranks were still running"
+TOLD = 9.0  # seconds that SIGTERM may find no answer, as the main thread waits for other ranks
+IN_ORDER = 300.0  # the same, counted inside of one step, where SIGTERM ends the run in order
 LOST_PEER = ("Connection closed", "Connection reset", "Broken pipe", "NCCL", "gloo", "Timed out")
 
 
@@ -48,9 +50,6 @@ class Patience:
     """that ``explain`` waits for a verdict on a peer of the same host, or a record."""
     grace: float = 10.0
     """that the main thread gets to raise, and again to end, before the process is ended."""
-    told: float = 9.0
-    """that a step may last after SIGTERM; ``order`` in place of it if the run ends in order."""
-    order: float = 300.0
 
     @classmethod
     def from_environment(cls) -> Patience:
@@ -332,8 +331,9 @@ class Watchdog:
             told += tick if told or self._was_told_to_end() else 0.0
             if self.on_sigterm and told and not (self._inside and told_at == self.step):
                 told, told_at = tick, self.step  # it goes on
-            limit = self.patience.told if self.on_sigterm is None else self.patience.order
-            if told > limit:  # Python runs the handler in the main thread, which waits for others
+            if told > (
+                IN_ORDER if self.on_sigterm else TOLD
+            ):  # Python runs the handler in the main thread, which waits for others
                 _say(f"rank {self.rank}: told to end (SIGTERM) in a collective of step {self.step}")
                 os._exit(128 + signal.SIGTERM)
         if not self._own:
