@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader
 
 from ..checkpoint import files
 from ..checkpoint.agree import Problems
-from ..checkpoint.plain import encode
+from ..checkpoint.index import Index
+from ..checkpoint.plain import decode, encode
 from ..checkpoint.restoring import load_training
 from ..checkpoint.saving import Saving
 from ..checkpoint.shards import OWN_OPTIONS
@@ -178,6 +179,13 @@ class Checkpoints:
             saving.join()
         elif saving is not None and self.asynchronous:
             saving.wait()
+
+
+def has_trainer_state(index: Index, *, fitting: bool) -> bool:
+    """Say whether a Trainer has saved a checkpoint; to go on fitting, not the weights alone."""
+    extra = decode(index.extra)
+    state = extra.get(_TRAINER) if isinstance(extra, dict) else None
+    return isinstance(state, dict) and ("callbacks" in state or not fitting)
 
 
 def _changed(names: Mapping[str, Any], parallel: ParallelModel) -> list[str]:

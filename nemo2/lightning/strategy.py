@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import Metric
 
 from ..errors import Nemo2Error
+from ..mesh.make import store_of_restart
 from ..mesh.sizes import AXES, MeshSizes, fit_sizes
 from ..mesh.watchdog import Watchdog
 from ..model import ParallelModel
@@ -36,9 +37,11 @@ from ..options import ContextParallel, DataParallel, Options, Pipeline
 from ..parallelize import parallelize
 from .checkpoint import Checkpoints, model_state, optimizer_state
 from .data import MeshSampler, can_deal, deal_batches
+from .last import check_same
 from .launcher import Launcher
 from .logs import EQUAL
 from .precision import Bf16Masters, supported
+from .preemption import Preempted, Preemption
 from .refused import refuse
 from .steps import (
     clip_by_norm,
@@ -124,6 +127,7 @@ class MegatronStrategy(ParallelStrategy):
         self._mesh: DeviceMesh | None = None
         self._deals_samples: bool | None = None
         self._checkpoints = Checkpoints(asynchronous_save)
+        self._preemption = Preemption()
 
     # --- who and where
 
@@ -173,11 +177,9 @@ class MegatronStrategy(ParallelStrategy):
     # --- processes
 
     def _configure_launcher(self) -> None:
-        environment = self.cluster_environment
-        assert environment is not None
+        assert self.cluster_environment is not None
         self._sizes()  # wrong sizes are told before processes start
-        if not environment.creates_processes_externally:
-            self._launcher = Launcher(environment, self.num_processes, self.num_nodes)
+        self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def _sizes(self) -> MeshSizes:
         return fit_sizes(self.asked, self.num_nodes * self.num_processes)
@@ -198,13 +200,22 @@ class MegatronStrategy(ParallelStrategy):
         device = self.root_device
         assert self.cluster_environment is not None
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        _init_dist_connection(self.cluster_environment, backend)
+        _init_dist_connection(self.cluster_environment, backend, store=store_of_restart())
         if self._mesh is None:
             shape = tuple(size for _, size in self._sizes().items())
             self._mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
         self.lightning_module._device_mesh = self._mesh
         if dist.get_world_size() > 1:
             self.watchdog = Watchdog()
+        self._agree_on_last()
+
+    def _agree_on_last(self) -> None:
+        """Raise on all ranks unless all have found the same ``ckpt_path="last"``."""
+        assert isinstance(self._launcher, Launcher)
+        if self._launcher.asked_for_last and dist.get_world_size() > 1:
+            found: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(found, self._launcher.last)
+            check_same(found)
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
@@ -229,6 +240,7 @@ class MegatronStrategy(ParallelStrategy):
             self._reset_optimizers_and_schedulers()
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
+        self._preemption.attach(self, trainer)
 
     def _split(self, module: LightningModule) -> ParallelModel:
         if any(isinstance(p, DTensor) for p in module.parameters()):
@@ -261,12 +273,15 @@ class MegatronStrategy(ParallelStrategy):
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
+        self._preemption.detach()
         if self.watchdog is not None:
             self.watchdog.stop()
             self.watchdog = None
 
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other ranks, which may be waiting for this one, or say which one was lost."""
+        if isinstance(exception, Preempted):  # on all ranks alike
+            return
         self._checkpoints.failed = True
         watchdog = self.watchdog
         if watchdog is None:

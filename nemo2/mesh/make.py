@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from nemo2.errors import MeshError
 from nemo2.mesh.sizes import AXES, fit_sizes
@@ -47,6 +49,23 @@ def make_mesh(
     return init_device_mesh(kind, shape, mesh_dim_names=AXES)
 
 
+def restart() -> int:
+    """Return how often torchrun has restarted this process's group of workers."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def store_of_restart() -> Store | None:
+    """Return the store from which a restarted process starts its group; None in a first start.
+
+    torchrun's store outlives its workers. In it are the addresses of those that died, which ranks
+    find in place of the new ones (torch 2.13): "Connection refused", or an endless wait.
+    """
+    if not restart():
+        return None
+    store, _, _ = next(rendezvous("env://"))
+    return PrefixStore(f"nemo2/restart{restart()}", store)
+
+
 def _device_type(device: str | torch.device | None) -> str:
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,7 +98,9 @@ def _world_size() -> int:
 def _start_process_group(kind: str, world_size: int) -> None:
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     if all(name in os.environ for name in LAUNCHER):
-        dist.init_process_group(backend)
+        rank = int(os.environ["RANK"])
+        store = store_of_restart()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=world_size)
 

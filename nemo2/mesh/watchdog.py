@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from types import FrameType, TracebackType
@@ -28,10 +28,13 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store, _world
 
 from nemo2.errors import Nemo2Error
+from nemo2.mesh.make import restart
 from nemo2.mesh.processes import host_name, lives
 
 NEIGHBOURS = 8  # ranks that one rank watches: every rank is watched, at a cost that does not grow
 _LEFT = "it left while other ranks were still running"
+TOLD = 9.0  # seconds that SIGTERM may find no answer, as the main thread waits for other ranks
+IN_ORDER = 300.0  # the same, counted inside of one step, where SIGTERM ends the run in order
 LOST_PEER = ("Connection closed", "Connection reset", "Broken pipe", "NCCL", "gloo", "Timed out")
 
 
@@ -84,13 +87,15 @@ class Watchdog:
     Making one is collective. Set ``step`` as training advances, or run steps in ``guard(step)``.
     A rank that ends well calls ``stop``, or just exits. After a failure let the exception end the
     process: if it has not ended ``2 * grace`` seconds later, the watchdog ends it. ``stop`` also
-    calls that off.
+    calls that off. SIGTERM ends the process, after a word on why if another rank has failed;
+    where ``on_sigterm`` is set, that is called in place of it, and has to see to the end.
 
     Communication: a few small requests to the store each second, from a thread.
     """
 
     def __init__(self, patience: Patience | None = None) -> None:
         self._signals: tuple[socket.socket, socket.socket] | None = None
+        self.on_sigterm: Callable[[], None] | None = None
         self.step = 0
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.patience = patience or Patience.from_environment()
@@ -191,8 +196,10 @@ class Watchdog:
     def _start(self) -> None:
         store = _get_default_store()
         # The n-th watchdogs of all ranks belong together, under a name that no other run has.
-        number = store.add(f"nemo2/watchdog/{self.rank}", 1)
-        name = store.compare_set(f"nemo2/watchdog/name{number}", "", uuid.uuid4().hex)
+        # What dead ranks have left there, one more than another, does not count.
+        here = f"nemo2/watchdog/restart{restart()}"
+        number = store.add(f"{here}/{self.rank}", 1)
+        name = store.compare_set(f"{here}/name{number}", "", uuid.uuid4().hex)
         self._store = PrefixStore(f"nemo2/{name.decode()}", _own_client(store))
         self._beat()
         now = time.monotonic()
@@ -303,7 +310,7 @@ class Watchdog:
     def _judge(self) -> None:
         patience, tick = self.patience, 0.25
         silent, answered, told = 0.0, self._answered, 0.0
-        alone, step = 0.0, self.step
+        alone, step, told_at = 0.0, self.step, -1
         while self._record is None:
             if self._ended.wait(tick):
                 return
@@ -322,7 +329,11 @@ class Watchdog:
             if left and alone > enough and self._record is None:
                 self._record = left
             told += tick if told or self._was_told_to_end() else 0.0
-            if told > 9.0:  # Python runs the handler in the main thread, which waits for others
+            if self.on_sigterm and told and not (self._inside and told_at == self.step):
+                told, told_at = tick, self.step  # it goes on
+            if told > (
+                IN_ORDER if self.on_sigterm else TOLD
+            ):  # Python runs the handler in the main thread, which waits for others
                 _say(f"rank {self.rank}: told to end (SIGTERM) in a collective of step {self.step}")
                 os._exit(128 + signal.SIGTERM)
         if not self._own:
@@ -393,8 +404,11 @@ class Watchdog:
             self.stop()
 
     def _told_to_end(self, number: int, frame: FrameType | None) -> None:
+        if self.on_sigterm is not None and not self._ended.is_set():
+            self.on_sigterm()
+            return
         limit = time.monotonic() + 6.0
-        while self._record is None and time.monotonic() < limit:
+        while self._record is None and not self._ended.is_set() and time.monotonic() < limit:
             self._wake.set()
             time.sleep(0.05)
         time.sleep(0.5 if self._record is not None else 0.0)  # the other thread is saying it
