@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 
 from ..errors import Nemo2Error
+from ..mesh.sizes import MeshSizes
+from ..options import Options
 
 
 def refuse(trainer: Trainer) -> None:
@@ -27,3 +33,27 @@ def refuse(trainer: Trainer) -> None:
                 "  options: a callback that averages module.named_parameters(), which are this"
                 " rank's shards, in on_train_batch_end"
             )
+
+
+def check_options(strategy: type, options: Mapping[str, Any], cp: int) -> None:
+    """Raise Nemo2Error for options that are unknown, have no such value, or are not the strategy's.
+
+    Args:
+        options: of ``parallelize``, and whatever else was given.
+    """
+    for name, instead in (
+        ("precision", 'Trainer(precision="bf16-mixed")'),
+        ("inplace", "nothing: it is always in place"),
+    ):
+        if name in options:
+            raise Nemo2Error(f"MegatronStrategy takes no {name!r}; use {instead}")
+    taken = inspect.signature(strategy).parameters.values()
+    known = [p.name for p in taken if p.kind is not p.VAR_KEYWORD]
+    unknown = [repr(name) for name in options if name not in known]
+    if unknown:
+        raise Nemo2Error(
+            f"MegatronStrategy: unknown option {', '.join(unknown)}\n  options: {', '.join(known)}"
+        )
+    replicate = getattr(options.get("data_parallel"), "replicate", 1)  # dp may not be known yet
+    fits = replicate if isinstance(replicate, int) and replicate > 0 else 1
+    Options.resolve(MeshSizes(dp=fits, cp=cp if isinstance(cp, int) and cp > 0 else 1), **options)

@@ -33,7 +33,7 @@ from ..mesh.make import store_of_restart
 from ..mesh.sizes import AXES, MeshSizes, fit_sizes
 from ..mesh.watchdog import Watchdog
 from ..model import ParallelModel
-from ..options import ContextParallel, DataParallel, Options, Pipeline
+from ..options import ContextParallel, DataParallel, Pipeline
 from ..parallelize import parallelize
 from .checkpoint import Checkpoints, model_state, optimizer_state
 from .data import MeshSampler, can_deal, deal_batches
@@ -42,7 +42,7 @@ from .launcher import Launcher
 from .logs import EQUAL
 from .precision import Bf16Masters, supported
 from .preemption import Preempted, Preemption
-from .refused import refuse
+from .refused import check_options, refuse
 from .steps import (
     clip_by_norm,
     clip_by_value,
@@ -117,7 +117,7 @@ class MegatronStrategy(ParallelStrategy):
             "remat": remat,
             "compile": compile,
         }
-        _check_options({**options, **others}, cp)
+        check_options(MegatronStrategy, {**options, **others}, cp)
         super().__init__()
         self.asked = {"pp": pp, "dp": dp, "cp": cp, "tp": tp}
         self.options = options
@@ -453,15 +453,3 @@ class MegatronStrategy(ParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Nothing to do: ``load_checkpoint`` has filled the optimizers."""
-
-
-def _check_options(options: dict[str, Any], cp: int) -> None:
-    for name, instead in (
-        ("precision", 'Trainer(precision="bf16-mixed")'),
-        ("inplace", "nothing: it is always in place"),
-    ):
-        if name in options:
-            raise Nemo2Error(f"MegatronStrategy takes no {name!r}; use {instead}")
-    replicate = getattr(options.get("data_parallel"), "replicate", 1)  # dp may not be known yet
-    fits = replicate if isinstance(replicate, int) and replicate > 0 else 1
-    Options.resolve(MeshSizes(dp=fits, cp=cp if isinstance(cp, int) and cp > 0 else 1), **options)

@@ -331,9 +331,8 @@ class Watchdog:
             told += tick if told or self._was_told_to_end() else 0.0
             if self.on_sigterm and told and not (self._inside and told_at == self.step):
                 told, told_at = tick, self.step  # it goes on
-            if told > (
-                IN_ORDER if self.on_sigterm else TOLD
-            ):  # Python runs the handler in the main thread, which waits for others
+            # Python runs the handler in the main thread, which waits for others
+            if told > (IN_ORDER if self.on_sigterm else TOLD):
                 _say(f"rank {self.rank}: told to end (SIGTERM) in a collective of step {self.step}")
                 os._exit(128 + signal.SIGTERM)
         if not self._own:
