@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import nemo2
-from nemo2.checkpoint.index import is_checkpoint
 from nemo2.mesh import MeshSizes
 
 from .llama import Llama, fill, loss_of
@@ -129,20 +128,13 @@ def live(args: argparse.Namespace) -> None:
     )
     lit = Lit(shape)
     loader = DataLoader(Texts(shape, args.steps), shape.batch // sizes.dp, shuffle=False)
-    trainer.fit(lit, loader, ckpt_path=newest(args.folder))
+    trainer.fit(lit, loader, ckpt_path="last")
     began = time.perf_counter()
     prompt = Texts(shape, 1)[0][: shape.sequence // 2].tolist()
     whole = nemo2.generate(lit.model, [prompt], max_new_tokens=args.tokens)[0].tolist()
     right = Texts(shape, 1)[0][len(prompt) : len(whole)].tolist()
     known = sum(a == b for a, b in zip(whole[len(prompt) :], right, strict=True))
     notes.write(generated=len(right), known=known, seconds=time.perf_counter() - began)
-
-
-def newest(folder: Path) -> str | None:
-    """Return the newest complete checkpoint."""
-    found = [p for p in folder.glob("step=*.ckpt") if is_checkpoint(p)]
-    best = max(found, key=lambda p: int(p.stem.partition("=")[2]), default=None)
-    return None if best is None else str(best)
 
 
 def run(args: argparse.Namespace, mesh: str, kill: int | None) -> tuple[list[dict[str, Any]], str]:
