@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 from torch.utils.data import (
@@ -254,6 +255,30 @@ def _csv(path: Path, column: str) -> list[float]:
     return found
 
 
+def tensorboard(run: Run) -> Any:
+    logger = TensorBoardLogger(run.folder, name="", version="board")
+    run.fit(logger=logger)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    found: dict[str, list[float]] = {}
+    for file in Path(run.folder, "board").glob("events.*"):
+        for event in _events(file):
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append(value.simple_value)
+    return [found[name] for name in ("loss_step", "val_loss", "epoch")]
+
+
+def _events(file: Path) -> Iterator[Any]:
+    """Read the records of a file of events: length, checksum, record, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data, at = file.read_bytes(), 0
+    while at < len(data):
+        (size,) = struct.unpack_from("<Q", data, at)
+        yield Event.FromString(data[at + 12 : at + 12 + size])
+        at += 16 + size
+
+
 class Memory(Logger):
     """A logger of the user."""
 
@@ -402,6 +427,7 @@ FEATURES: dict[str, Callable[[Run], Any]] = {
         model_checkpoint,
         learning_rate_monitor,
         csv_logger,
+        tensorboard,
         any_logger,
         progress_bars,
         summaries,
