@@ -5,6 +5,7 @@ Nothing here may start threads or touch a GPU: workers are forked after it.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import warnings
 
@@ -24,3 +25,5 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of optional kernels that no CPU machine has
     for name in HEAVY:
         importlib.import_module(name)
+gc.collect()
+gc.freeze()  # so that workers collect after each job, at little cost
