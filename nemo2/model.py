@@ -25,6 +25,7 @@ from .places import Place
 from .plan import Plan, StepPlan, plan_step
 from .planning import unfused_layers
 from .pytree import tree_flatten, tree_unflatten
+from .recurrent import follow_weights
 from .sharding.borrow import Loan, give_back, lent, make_loans
 from .sharding.data_parallel import DataParallelRun
 from .sharding.dropout import Forward, begin, drawing, seed_of
@@ -70,6 +71,7 @@ class ParallelModel(nn.Module):
         self.plan, self.mesh, self.groups, self.storage = plan, mesh, groups, storage
         self.ties, self.seed, self.steps, self.dealt = ties, seed, 0, False
         self.__dict__["places"] = tuple(places)
+        follow_weights(self.module)
         self._data_parallel = DataParallelRun(plan, runner, managed, storage, groups)
         self._step_plans: OrderedDict[Any, tuple[StepPlan | None, bool]] = OrderedDict()
         self._loans_made: dict[Any, list[Loan]] = {}

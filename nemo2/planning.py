@@ -13,6 +13,7 @@ from .errors import Nemo2Error, PipelineError
 from .pipeline.absent import Absent, NeedsValueError, to_meta
 from .places import Place
 from .record import Recorder
+from .recurrent import follow_weights
 from .sharding.functions import watched_functions
 from .trace import Trace
 
@@ -28,6 +29,7 @@ def planning(
     with ExitStack() as undo:
         undo.enter_context(watched_functions(recorder.functions))
         undo.enter_context(unfused_layers())
+        undo.enter_context(follow_weights(model))
         made: dict[str, Absent] = {}
         for place in where:
             if place.param not in made:

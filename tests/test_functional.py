@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import nemo2
-from tests.models import GPT, Skip, counted, next_token, token_ids
+from tests.models import GPT, VOCAB, Skip, counted, next_token, token_ids
 
 MESHES = ({"dp": 2, "pp": 2}, {"dp": 2, "tp": 2}, {"pp": 2, "tp": 2})
 
@@ -93,9 +93,10 @@ def test_tree_map_is_an_optimizer(pool, kind):
     assert max(pool.run(4, sgd, {"dp": 2, "pp": 2}, kind, pool.device)) < 1e-12
 
 
-def torch_way(mesh, kind, device):
+def torch_way(mesh, kind, device, layer=None):
     """backward, clip_grad_norm_ and AdamW on model.parameters(), against one device."""
-    model, parallel = build(mesh, kind, device)
+    module = None if layer is None else Recurrent(layer)
+    model, parallel = build(mesh, kind, device, model=module)
     alone = copy.deepcopy(model)
     own = torch.optim.AdamW(parallel.parameters(), lr=1e-2, eps=1e-6)
     theirs = torch.optim.AdamW(alone.parameters(), lr=1e-2, eps=1e-6)
@@ -123,6 +124,50 @@ def torch_way(mesh, kind, device):
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_the_torch_way(pool, mesh, kind):
     for error, names in pool.run(4, torch_way, mesh, kind, pool.device):
+        assert error < 1e-9
+        assert names
+
+
+class RecurrentBlock(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.rnn = layer(32, 32, batch_first=True)
+        self.up, self.down = torch.nn.Linear(32, 64), torch.nn.Linear(64, 32)
+        nemo2.shard(self.up.weight, "tp", dim=0)
+        nemo2.shard(self.up.bias, "tp", dim=0)
+        nemo2.shard(self.down.weight, "tp", dim=1)
+
+    def forward(self, x):
+        x = x + self.rnn(x)[0]
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Recurrent(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(VOCAB, 32), torch.nn.Linear(32, VOCAB)
+        self.layers = torch.nn.ModuleList(RecurrentBlock(layer) for _ in range(2))
+        nemo2.shard(self.layers, "pp")
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("mesh", "layer"),
+    [
+        ({"dp": 2, "tp": 2}, torch.nn.GRU),
+        ({"pp": 2, "tp": 2}, torch.nn.LSTM),
+        ({"dp": 2, "pp": 2}, torch.nn.RNN),
+    ],
+    ids=str,
+)
+def test_recurrent_layers_step_after_step(pool, mesh, layer, kind):
+    for error, names in pool.run(4, torch_way, mesh, kind, pool.device, layer):
         assert error < 1e-9
         assert names
 
