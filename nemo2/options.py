@@ -170,6 +170,9 @@ class Options:
             if isinstance(context_parallel, str)
             else context_parallel
         )
+        problems = _kinds(dp, cp, pipeline)
+        if problems:
+            raise Nemo2Error("parallelize:\n" + "\n".join(f"  {p}" for p in problems))
         problems = _unknown(cp, pipeline, others) + _data_parallel(sizes, dp)
         problems += _memory(precision, remat) + _compile(compile)
         if problems:
@@ -187,6 +190,18 @@ _KNOWN = (
     "remat",
     "compile",
 )
+
+
+def _kinds(dp: Any, cp: Any, pipeline: Any) -> list[str]:
+    """Return what is said of options that are no option objects."""
+    given = (
+        ("data_parallel", dp, DataParallel, "'fsdp', 'zero1', 'ddp' or DataParallel(...)"),
+        ("pipeline", pipeline, Pipeline, "Pipeline(microbatches=4)"),
+        ("context_parallel", cp, ContextParallel, "'ring', 'all_gather', 'ulysses'"),
+    )
+    return [
+        f"{name}={x!r}; it is {what}" for name, x, kind, what in given if not isinstance(x, kind)
+    ]
 
 
 def _unknown(cp: ContextParallel, pipeline: Pipeline, others: dict[str, Any]) -> list[str]:

@@ -151,6 +151,10 @@ def test_all_problems_at_once():
         ({"pipeline": nemo2.Pipeline(schedule="zigzag")}, "'zigzag' is unknown; schedules: 1f1b"),
         ({"context_parallel": "rings"}, "'rings' is unknown"),
         ({"tensor": 2}, "unknown option 'tensor'"),
+        ({"pipeline": 4}, "pipeline=4; it is Pipeline(microbatches=4)"),
+        ({"pipeline": {"microbatches": 4}}, "it is Pipeline(microbatches=4)"),
+        ({"data_parallel": None}, "data_parallel=None; it is 'fsdp', 'zero1', 'ddp' or"),
+        ({"context_parallel": 2}, "context_parallel=2; it is 'ring', 'all_gather', 'ulysses'"),
     ],
 )
 def test_options_that_do_not_work_say_so(options, part):

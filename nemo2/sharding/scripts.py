@@ -131,5 +131,7 @@ def _recomputed(module: str) -> ShardingError:
 def _conflict(module: str) -> ShardingError:
     return ShardingError(
         f"'{module}' is called twice in one step with inputs of different layouts over \"tp\"\n"
-        "  options: give each use a module of its own | leave its parameters replicated"
+        "  (with sequence parallelism also by lengths that tp divides, and does not)\n"
+        "  options: sequence_parallel=False | give each use a module of its own"
+        " | leave its parameters replicated"
     )
