@@ -171,10 +171,9 @@ class Options:
             else context_parallel
         )
         problems = _kinds(dp, cp, pipeline)
-        if problems:
-            raise Nemo2Error("parallelize:\n" + "\n".join(f"  {p}" for p in problems))
-        problems = _unknown(cp, pipeline, others) + _data_parallel(sizes, dp)
-        problems += _memory(precision, remat) + _compile(compile)
+        if not problems:  # else there is nothing to look into
+            problems = _unknown(cp, pipeline, others) + _data_parallel(sizes, dp)
+            problems += _memory(precision, remat) + _compile(compile)
         if problems:
             raise Nemo2Error("parallelize:\n" + "\n".join(f"  {p}" for p in problems))
         backend = "inductor" if compile is True else compile or None
