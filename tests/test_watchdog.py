@@ -31,6 +31,8 @@ else:
 rank = dist.get_rank()
 value = torch.ones(1000, device=device)
 dist.all_reduce(value)
+if mode == "cut" and rank != chosen:
+    sys.excepthook = lambda *_: os._exit(9)  # as a launcher may do it, before the traceback
 watchdog = Watchdog(Patience(stale=stale, grace=3))
 for step in range(5 if mode == "short" and rank == chosen else 60):
     with watchdog.guard(step):
@@ -38,7 +40,7 @@ for step in range(5 if mode == "short" and rank == chosen else 60):
             print("there", flush=True)
         if rank == chosen and step == 5:
             time.sleep(2.0)  # a few signs of life: the others know the step
-            if mode == "kill":
+            if mode in ("kill", "cut"):
                 os.kill(os.getpid(), signal.SIGKILL)
             if mode == "raise":
                 raise ValueError("planted")
@@ -130,6 +132,13 @@ def test_survivors_end_and_name_rank_and_step(mode: str, chosen: int, what: str)
             assert one.code not in (0, -signal.SIGKILL), one.err
             assert f"rank {chosen}, {what}" in one.err
             assert "done" not in one.out
+
+
+def test_survivors_name_it_before_they_raise() -> None:
+    for rank, one in enumerate(finish(start("cut", 1), 50)):
+        if rank != 1:
+            assert one.code == 9, one.err
+            assert "nemo2: rank 1, step 5: its process died" in one.err
 
 
 @pytest.mark.parametrize("chosen", [0, 1])

@@ -14,7 +14,6 @@ from lightning.fabric.utilities.distributed import (
     _init_dist_connection,
     _sync_ddp_if_available,
 )
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.parallel import ParallelStrategy
@@ -194,8 +193,7 @@ class MegatronStrategy(ParallelStrategy):
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
         refuse(self.lightning_module.trainer)
-        super().setup_environment()
-        reset_seed()
+        super().setup_environment()  # no reset_seed(): on one device the Trainer has none
         self.set_world_ranks()
         device = self.root_device
         assert self.cluster_environment is not None

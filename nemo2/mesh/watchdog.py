@@ -103,6 +103,7 @@ class Watchdog:
         self._record: _Record | None = None
         self._own = False  # the record is this rank's
         self._raised = False  # the main thread knows
+        self._said, self._saying = False, threading.Lock()  # the record, to standard error
         self._inside = False  # a guarded step is running
         self._unwatched = False  # the store has ended, in order
         self._answered = time.monotonic()  # when the store last answered
@@ -152,6 +153,7 @@ class Watchdog:
         if self._record is None or self._own:
             return None
         self._raised = True
+        self._say_record()  # now: a launcher may end this process before its traceback is printed
         return self._record.error(self.rank, self.step)
 
     def check(self) -> None:
@@ -336,7 +338,7 @@ class Watchdog:
                 _say(f"rank {self.rank}: told to end (SIGTERM) in a collective of step {self.step}")
                 os._exit(128 + signal.SIGTERM)
         if not self._own:
-            _say(str(self._record.error(self.rank, self.step)))
+            self._say_record()
             threading.Thread(target=_abort_groups, daemon=True).start()
         if self._ended.wait(patience.grace):
             return
@@ -344,6 +346,12 @@ class Watchdog:
             return
         _say(f"rank {self.rank}: ending this process, which did not end by itself")
         os._exit(1)
+
+    def _say_record(self) -> None:
+        with self._saying:
+            if self._record is not None and not self._said:
+                self._said = True
+                _say(str(self._record.error(self.rank, self.step)))
 
     def _left_behind_by(self) -> _Record | None:
         """Return a rank that has left before or in the step that this one runs, if there is one."""
