@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nemo2.mesh import MeshSizes
 
+from .attribution import KINDS
 from .train import PEERS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -43,7 +46,7 @@ class Row:
         parts += ["reshard"] if self.reshard else []
         return ", ".join(parts)
 
-    def command(self, peer: str, steps: int) -> list[str]:
+    def command(self, peer: str, steps: int, profile: bool = False) -> list[str]:
         world = MeshSizes.of(self.mesh).world
         run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
         given = {
@@ -56,6 +59,7 @@ class Row:
         }
         flags = [f"--{name}={value}" for name, value in given.items()]
         flags += [f"--{name}" for name in ("eager", "reshard") if getattr(self, name)]
+        flags += ["--profile"] if profile else []
         return [*run, "-m", "benchmarks.train", *flags]
 
 
@@ -76,7 +80,12 @@ TWO = [
     Row("1b", "dp=2"),
     Row("1b", "tp=2", eager=True),
 ]
+ONE = [
+    Row("8b4l", "dp=1", "cudnn"),
+    Row("8b4l", "dp=1", eager=True),
+]
 TABLES = {
+    "one": ONE,
     "four": FOUR,
     "two": TWO,
     "cpu": [Row("tiny", "tp=2", "any", eager=True), Row("tiny", "pp=2", "any", eager=True)],
@@ -92,7 +101,7 @@ def run_row(row: Row, peers: Sequence[str], steps: int, timeout: float) -> list[
         env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(cache)}
         try:
             done = subprocess.run(
-                row.command(peer, steps),
+                row.command(peer, steps, profile=torch.cuda.is_available()),
                 env=env,
                 capture_output=True,
                 text=True,
@@ -144,9 +153,34 @@ def report(results: Sequence[dict[str, Any]]) -> str:
             f" {result['tokens_per_second_per_device']:.0f} | {100 * result['mfu']:.1f} % |"
             f" {result['peak_gib']:.1f} | {result['first_step_s']:.0f} | {losses} |"
         )
-    lines += ["", *ratios(results), ""]
+    lines += ["", *ratios(results), "", *attributions(results)]
     machines = {f"{r['device']}, torch {r['torch']}" for r in results if "device" in r}
     return "\n".join([*lines, "Machines: " + "; ".join(sorted(machines)) + ".", ""])
+
+
+def attributions(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a table of where the time of one more step went, in milliseconds, by rank."""
+    columns = [*KINDS, "idle"]
+    lines = [
+        "## Where the time goes",
+        "",
+        "One more step of each peer, traced: milliseconds of each kind of kernel, lowest to highest"
+        " of the ranks. `communication` is what no computation hides, `idle` when nothing runs.",
+        "",
+        "| shape, mesh | peer | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for result in results:
+        ranks = result.get("milliseconds", [])
+        if ranks:
+            cells = [_span([rank[column] for rank in ranks]) for column in columns]
+            lines.append(f"| {result['row']} | {result['peer']} | " + " | ".join(cells) + " |")
+    return [*lines, ""] if len(lines) > 6 else []
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def ratios(results: Sequence[dict[str, Any]]) -> list[str]:

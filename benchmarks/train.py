@@ -13,9 +13,11 @@ import json
 import os
 import resource
 import statistics
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nemo2.mesh import MeshSizes
 
+from .attribution import attribute, longest, traced
 from .case import Case
 from .llama import tokens
 
@@ -45,6 +48,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="do not compile blocks")
     parser.add_argument("--reshard", action="store_true", help="free gathered parameters")
     parser.add_argument("--steps", type=int, default=5, help="measured, after two")
+    parser.add_argument("--profile", action="store_true", help="one more step, attributed")
     parser.add_argument("--losses", type=int, default=0, help="steps whose losses are recorded")
     return parser.parse_args(given)
 
@@ -84,6 +88,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             _synchronize(device)
             times.append(time.perf_counter() - start)
             losses.append(float(loss.detach()))
+        profiled = profile(partial(step, ids)) if args.profile and cuda else {}
     seconds = statistics.median(times[2:])
     used = torch.tensor([memory(device)], device=device)
     dist.all_reduce(used, op=dist.ReduceOp.MAX)
@@ -107,7 +112,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "losses": [round(x, 5) for x in losses[: max(args.losses, 3)]],
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
+        **profiled,
     }
+
+
+def profile(step: Callable[[], object]) -> dict[str, Any]:
+    """Return where the time of one step goes, rank by rank; rank 0 says which kernels take most."""
+    kernels, wall = traced(step)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, attribute(kernels, wall))
+    if dist.get_rank() == 0:
+        print("\n".join(longest(kernels)), file=sys.stderr, flush=True)
+    return {"milliseconds": everyone}
 
 
 def matmul_flops(device: torch.device) -> float:

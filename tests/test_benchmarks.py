@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import performance, resume
+from benchmarks.attribution import Kernel, attribute, longest
 from benchmarks.shapes import SHAPES
 from benchmarks.train import PEERS, arguments, measure
 
@@ -69,6 +70,21 @@ def test_a_table_compares_within_one_row_and_keeps_failures(tmp_path):
     assert "| b | torch | out of memory |" in performance.report(results)
     performance.plot(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_the_time_of_a_step_is_attributed_once():
+    kernels = [
+        Kernel("ncclDevKernel_AllGather", 0.0, 4000.0),
+        Kernel("nvjet_hsh_128x256", 1000.0, 3000.0),  # hides half of it
+        Kernel("triton_poi_fused_add", 2000.0, 5000.0),
+        Kernel("flash_fwd_kernel", 6000.0, 7000.0),
+    ]
+    got = attribute(kernels, 8000.0)
+    want = {"communication": 1.0, "matmul": 2.0, "compiled": 2.0, "attention": 1.0, "idle": 2.0}
+    assert {name: ms for name, ms in got.items() if ms} == want
+    assert next(longest(kernels)).split()[:4] == ["4.00", "ms", "1", "x"]
+    rows = [{"row": "a", "peer": "torch", "milliseconds": [got, {**got, "idle": 3.0}]}]
+    assert performance.attributions(rows)[-2].endswith("| 2 to 3 |")
 
 
 def test_a_training_that_goes_on_says_what_both_lives_ran():
