@@ -312,6 +312,7 @@ def reaped(child: int) -> int:
 
 
 def main() -> int:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it runs on CPUs, and forks its ranks
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=300, help="of a training; then another one")
