@@ -73,12 +73,12 @@ FOUR = [
     Row("8b16l long", "cp=4"),
 ]
 TWO = [
-    Row("8b16l", "dp=2", "cudnn"),
-    Row("8b16l", "tp=2"),
-    Row("8b16l", "pp=2"),
-    Row("8b16l", "pp=2", virtual_stages=2),
+    Row("8b8l", "tp=2"),
+    Row("8b8l", "dp=2", "cudnn"),
+    Row("8b8l", "pp=2"),
+    Row("8b8l", "pp=2", virtual_stages=2),
+    Row("8b8l long", "cp=2"),
     Row("1b", "dp=2"),
-    Row("1b", "tp=2", eager=True),
 ]
 ONE = [
     Row("8b4l", "dp=1", "cudnn"),
