@@ -75,10 +75,10 @@ FOUR = [
 TWO = [
     Row("8b8l", "tp=2"),
     Row("8b8l", "dp=2", "cudnn"),
+    Row("1b", "dp=2"),
     Row("8b8l", "pp=2"),
     Row("8b8l", "pp=2", virtual_stages=2),
     Row("8b8l long", "cp=2"),
-    Row("1b", "dp=2"),
 ]
 ONE = [
     Row("8b4l", "dp=1", "cudnn"),
