@@ -129,33 +129,40 @@ def _line(result: dict[str, Any]) -> str:
     )
 
 
+def page(results: Sequence[dict[str, Any]], before: str, picture: str) -> str:
+    """Return the page, with what was written by hand after the table kept."""
+    measured = f"# Performance\n\n{report(results)}\n![speed]({picture})\n\n{_END}\n"
+    return measured + before.partition(f"{_END}\n")[2]
+
+
+_END = "<!-- what follows is written by hand -->"
+
+
 def report(results: Sequence[dict[str, Any]]) -> str:
-    """Return the page: for each row the peers, and nemo2's speed over the best of the others."""
+    """Return the tables: for each row the peers, and nemo2's speed over the best of the others."""
     lines = [
-        "# Performance",
-        "",
         "Written by `python -m benchmarks.performance`. All peers of a row ran in one go on one"
         " machine; MFU counts the operations of forward and backward (causal attention half, no"
         " recomputation) against the matrix product that this machine reached in the same run."
         " Losses are those of the first steps from the same weights.",
         "",
         "| shape, mesh | peer | ms a step | tokens/s/device | MFU | peak GiB | first step s"
-        " | losses |",
-        "|---|---|---|---|---|---|---|---|",
+        " | losses | on |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         if "error" in result:
-            lines.append(f"| {result['row']} | {result['peer']} | {result['error']} | | | | | |")
+            lines.append(f"| {result['row']} | {result['peer']} | {result['error']} | | | | | | |")
             continue
         losses = " ".join(f"{x:.3f}" for x in result["losses"][:3])
         lines.append(
             f"| {result['row']} | {result['peer']} | {result['ms']:.1f} |"
             f" {result['tokens_per_second_per_device']:.0f} | {100 * result['mfu']:.1f} % |"
-            f" {result['peak_gib']:.1f} | {result['first_step_s']:.0f} | {losses} |"
+            f" {result['peak_gib']:.1f} | {result['first_step_s']:.0f} | {losses} | {result['device']} |"
         )
     lines += ["", *ratios(results), "", *attributions(results)]
-    machines = {f"{r['device']}, torch {r['torch']}" for r in results if "device" in r}
-    return "\n".join([*lines, "Machines: " + "; ".join(sorted(machines)) + ".", ""])
+    versions = sorted({r["torch"] for r in results if "torch" in r})
+    return "\n".join([*lines, f"torch {', '.join(versions)}.", ""])
 
 
 def attributions(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -240,10 +247,10 @@ def main(given: Sequence[str] | None = None) -> None:
         made = run_row(row, args.peers.split(","), args.steps, args.timeout)
         results = [r for r in results if r["row"] != row.name] + made
         args.out.write_text(json.dumps(results, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(
-        report(results) + f"\n![speed]({args.out.with_suffix('.png').name})\n"
-    )
-    plot(results, args.out.with_suffix(".png"))
+    written, picture = args.out.with_suffix(".md"), args.out.with_suffix(".png")
+    before = written.read_text() if written.exists() else ""
+    written.write_text(page(results, before, picture.name))
+    plot(results, picture)
 
 
 if __name__ == "__main__":
