@@ -158,7 +158,8 @@ def report(results: Sequence[dict[str, Any]]) -> str:
         lines.append(
             f"| {result['row']} | {result['peer']} | {result['ms']:.1f} |"
             f" {result['tokens_per_second_per_device']:.0f} | {100 * result['mfu']:.1f} % |"
-            f" {result['peak_gib']:.1f} | {result['first_step_s']:.0f} | {losses} | {result['device']} |"
+            f" {result['peak_gib']:.1f} | {result['first_step_s']:.0f} | {losses} |"
+            f" {result['device']} |"
         )
     lines += ["", *ratios(results), "", *attributions(results)]
     versions = sorted({r["torch"] for r in results if "torch" in r})
