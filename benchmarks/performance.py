@@ -131,11 +131,12 @@ def _line(result: dict[str, Any]) -> str:
 
 def page(results: Sequence[dict[str, Any]], before: str, picture: str) -> str:
     """Return the page, with what was written by hand after the table kept."""
-    measured = f"# Performance\n\n{report(results)}\n![speed]({picture})\n\n{_END}\n"
-    return measured + before.partition(f"{_END}\n")[2]
+    measured = f"# Performance\n\n{report(results)}\n![speed]({picture})\n"
+    _, heading, after = before.partition(_BY_HAND)
+    return measured + heading + after
 
 
-_END = "<!-- what follows is written by hand -->"
+_BY_HAND = "\n## What was measured"
 
 
 def report(results: Sequence[dict[str, Any]]) -> str:

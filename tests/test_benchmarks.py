@@ -69,7 +69,7 @@ def test_a_table_compares_within_one_row_and_keeps_failures(tmp_path):
     assert performance.ratios(results) == ["- a: nemo2 runs at 1.20 x the speed of torch."]
     assert "| b | torch | out of memory |" in performance.report(results)
     first = performance.page(results, "", "plot.png")
-    again = performance.page(results[:2], first + "\nby hand\n", "plot.png")
+    again = performance.page(results[:2], first + "\n## What was measured\nby hand\n", "plot.png")
     assert again.endswith("\nby hand\n")
     assert "out of memory" not in again
     performance.plot(results, tmp_path / "plot.png")
