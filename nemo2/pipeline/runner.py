@@ -26,16 +26,14 @@ from ..limits import skipped
 from ..mesh.groups import MeshGroups
 from ..places import Place
 from ..plan import Plan, StepPlan
-from ..pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from ..pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..sharding.actions import Emulate, Script, obeying, pause, resume, suspended
 from ..sharding.collectives import Axis, gather
 from ..sharding.dropout import Forward
-from ..sharding.late import LateWidening
 from ..sharding.layout import AXES
 from ..sharding.remat import recomputed
 from ..sharding.scripts import Programs
 from ..sharding.storage import placeholder
-from ..sharding.widened import wide_values
 from .absent import Absent, is_absent, resolve
 from .boundary import Boundary, TensorSpec
 from .forwards import edged_forward, plain_forward, quiet_forward
@@ -65,7 +63,7 @@ class Passage:
     called: int = 0  # blocks so far
     values: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    watched: bool = False  # by modes of ours
+    mode: Emulate | None = None
     paused: list[TorchFunctionMode] | None = None
     draws: Forward | None = None
 
@@ -142,7 +140,7 @@ class StageRunner(nn.Module):
                 self._bind(passage, block)
             if self.step_plan is not None:
                 passage.jump(self.step_plan.randomness.before.get(index))
-            if passage.watched:  # the step's modes do not see what blocks do
+            if passage.mode is not None:  # the step's script does not count what blocks do
                 passage.paused = pause()
             args, kwargs = resolve((args, kwargs))
             for x in tree_leaves((args, kwargs)):
@@ -377,7 +375,7 @@ class StageRunner(nn.Module):
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             capture = self.passage.values.__setitem__ if self.passage is not None else None
-            with suspended(), self._late(), obeying(script, self.axes, capture):
+            with suspended(), obeying(script, self.axes, capture):
                 return original(*args, **kwargs)
 
         return forward
@@ -451,10 +449,9 @@ class StageRunner(nn.Module):
         script = self.step_plan.programs.scripts.get("") if self.step_plan is not None else None
         mode: AbstractContextManager[Any] = nullcontext()
         if script is not None:
-            mode = obeying(script, self.axes, passage.values.__setitem__)
-        passage.watched = self.at_end or script is not None
+            passage.mode = mode = obeying(script, self.axes, passage.values.__setitem__)
         try:
-            with self._alone(), self._late(), mode:
+            with self._alone(), mode:
                 try:
                     output = step(self.module, batch)
                 except BaseException:
@@ -468,13 +465,7 @@ class StageRunner(nn.Module):
             mode.check_complete()
         if not self.at_end:
             raise AssertionError("the step ended before the next stage's first block")
-        return self._whole(tree_map(wide_values, output))
-
-    def _late(self) -> AbstractContextManager[Any]:
-        """Return the mode under which the last stage leaves logits as they are for a loss."""
-        if not self.at_end:
-            return nullcontext()
-        return LateWidening(fused=self.plan.options.compile == "inductor")
+        return self._whole(output)
 
     def _whole(self, output: Any) -> Any:
         """Gather what the step returns split."""

@@ -32,7 +32,6 @@ from .collectives import Axis
 from .cross_entropy import cross_entropy
 from .dropout import Site, count, is_dropout, run_dropout
 from .layout import Layout
-from .widened import narrow, wide_values
 
 Axes = Mapping[str, Axis]
 
@@ -128,7 +127,7 @@ def run_action(action: Action, axes: Axes, func: Callable[..., Any], args: Any, 
     if action.fixes:
         leaves, spec = tree_flatten((args, kwargs))
         for fix in action.fixes:
-            value = apply_steps(wide_values(leaves[fix.leaves[0]]), fix.steps, axes)
+            value = apply_steps(leaves[fix.leaves[0]], fix.steps, axes)
             for i in fix.leaves:
                 leaves[i] = value
         args, kwargs = tree_unflatten(spec, leaves)
@@ -265,7 +264,7 @@ def _cross_entropy(
     bound = dict(zip(names, args, strict=False)) | kwargs
     classes, tokens = action.value
     whole = classes is None
-    logits, wide, fused = narrow(bound["input"])
+    logits = bound["input"]
     return cross_entropy(
         logits,
         bound["target"],
@@ -278,8 +277,6 @@ def _cross_entropy(
         reduction=bound.get("reduction", "mean"),
         label_smoothing=bound.get("label_smoothing", 0.0),
         tokens=tuple((axes[name], layout) for name, layout in tokens),
-        wide=wide,
-        fused=fused,
     )
 
 

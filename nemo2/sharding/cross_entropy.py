@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -54,8 +53,6 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     tokens: Sequence[tuple[Axis, Layout]] = (),
-    wide: bool = False,
-    fused: bool = False,
 ) -> Tensor:
     """Return what ``F.cross_entropy`` returns on the gathered logits, the same on every rank.
 
@@ -77,8 +74,6 @@ def cross_entropy(
         label_smoothing: in [0, 1], as in ``F.cross_entropy``.
         tokens: axes over which the tokens are split, with the target's layout; then the logits
             are those of this rank's tokens, and the target is that of all tokens.
-        wide: the loss is that of ``logits.float()``: float32, whatever the logits are.
-        fused: compile what runs over all logits, for which each pass then reads them once.
 
     Returns:
         a replicated loss: zero-dimensional, or of the target's shape for "none".
@@ -103,7 +98,7 @@ def cross_entropy(
     dtype = torch.promote_types(logits.dtype, torch.float32)
     counted = valid.to(dtype) if weight is None else weight.to(dtype)[safe] * valid
     losses: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
-        logits, safe, valid, counted, weight, label_smoothing, classes, fused
+        logits, safe, valid, counted, weight, label_smoothing, classes
     )
     if reduction == "none":
         for axis, layout in reversed(tokens):
@@ -115,7 +110,7 @@ def cross_entropy(
             count = all_reduce(count, axis) if reduction == "mean" else count
         losses = losses / count if reduction == "mean" else losses
     autocast = torch.is_autocast_enabled(logits.device.type)  # there F.cross_entropy is float32
-    return losses if autocast or wide else losses.to(logits.dtype)
+    return losses if autocast else losses.to(logits.dtype)
 
 
 def take_targets(target: Tensor, layout: Layout, axis: Axis, ignored: int) -> Tensor:
@@ -146,18 +141,13 @@ class _Loss(torch.autograd.Function):
         weight: Tensor | None,
         smoothing: float,
         classes: _Classes,
-        fused: bool,
     ) -> Tensor:
         dim = classes.dim
         top = logits.detach().amax(dim, keepdim=True).to(counted.dtype)
         classes.all_reduce(top, dist.ReduceOp.MAX)
         smooth = _smooth_weight(weight, smoothing, classes, top)
         sums = top.new_empty((2 if smooth is None else 3, *top.shape))
-        fused = fused and smooth is None
-        if fused:
-            index, mine = _local(target, classes)
-            torch.stack(_compiled(_totals)(logits.detach(), top, index, mine, dim), out=sums)
-        for rows in [] if fused else _pieces(logits):
+        for rows in _pieces(logits):
             shifted = logits.detach()[rows].to(counted.dtype, copy=True).sub_(top[rows])
             index, mine = _local(target[rows], classes)
             sums[0][rows] = torch.where(mine, shifted.gather(dim, index), 0)
@@ -170,7 +160,7 @@ class _Loss(torch.autograd.Function):
         if smooth is not None:
             loss += (smooth[1] * log_sum - sums[1]).squeeze(dim)
         ctx.save_for_backward(logits, top + log_sum, target, valid, counted, weight)
-        ctx.smoothing, ctx.classes, ctx.fused = smoothing, classes, fused
+        ctx.smoothing, ctx.classes = smoothing, classes
         return torch.where(valid, loss, 0)
 
     @staticmethod
@@ -181,10 +171,6 @@ class _Loss(torch.autograd.Function):
         dim = classes.dim
         grad = torch.where(valid, grad, 0).unsqueeze(dim)  # also where a mean over nothing is nan
         hit = (1 - smoothing) * counted.unsqueeze(dim) * grad
-        if ctx.fused:
-            index, mine = _local(target, classes)
-            grads = _compiled(_gradient)(logits, log_norm, hit, index, mine, dim)
-            return grads, *[None] * 7
         smooth = _smooth_weight(weight, smoothing, classes, log_norm)
         grads = torch.empty_like(logits)
         for rows in _pieces(logits):
@@ -196,33 +182,7 @@ class _Loss(torch.autograd.Function):
                 out.mul_(hit[rows] + smooth[1] * grad[rows]).sub_(smooth[0] * grad[rows])
             out.scatter_add_(dim, index, torch.where(mine, -hit[rows], 0))
             grads[rows] = out
-        return grads, *[None] * 7
-
-
-def _totals(
-    logits: Tensor, top: Tensor, index: Tensor, mine: Tensor, dim: int
-) -> tuple[Tensor, Tensor]:
-    """Return each token's own logit less ``top``, and the sum of exponentials, class dim kept."""
-    shifted = logits.to(top.dtype) - top
-    own = torch.where(mine, shifted.gather(dim, index), 0)
-    return own, shifted.exp().sum(dim, keepdim=True)
-
-
-def _gradient(
-    logits: Tensor, log_norm: Tensor, hit: Tensor, index: Tensor, mine: Tensor, dim: int
-) -> Tensor:
-    """Return the gradient of the logits; ``hit`` is that of each token's own class."""
-    shape = [1] * logits.dim()
-    shape[dim] = logits.shape[dim]
-    classes = torch.arange(logits.shape[dim], device=logits.device).view(shape)
-    grads = (logits.to(log_norm.dtype) - log_norm).exp() * hit
-    return torch.where((classes == index) & mine, grads - hit, grads).to(logits.dtype)
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    compiled: Callable[..., Any] = torch.compile(function, fullgraph=True)
-    return compiled
+        return grads, None, None, None, None, None, None
 
 
 PIECE = 1 << 26  # logits that are widened at once
