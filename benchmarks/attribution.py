@@ -14,14 +14,14 @@ import torch
 
 KINDS = {
     "attention": r"flash|fmha|sdpa|attention",
-    "matmul": r"gemm|cutlass|nvjet|xmma|cublas",
+    "matmul": r"gemm|cutlass|nvjet|xmma|cublas|bmm|^triton_tem_.*mm",
     "optimizer": r"adam|multi_tensor",
-    "compiled": r"triton",
+    "compiled": r"^triton",
     "other": r"",
-    "copies": r"^memcpy|^memset|copy|cat",
+    "copies": r"^memcpy|^memset|copy|catarray",
     "communication": r"nccl|symm",
 }
-_FIRST = ("communication", "attention", "matmul", "optimizer", "compiled", "copies")  # to be asked
+_FIRST = ("communication", "matmul", "compiled", "attention", "optimizer", "copies")  # to be asked
 
 
 class Kernel(NamedTuple):
@@ -79,6 +79,11 @@ def traced(step: Callable[[], object]) -> tuple[list[Kernel], float]:
         step()
         end.record()
         torch.cuda.synchronize()
-    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events = [
+        event
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not getattr(event, "is_user_annotation", False)  # these span kernels, and idle time
+    ]
     kernels = [Kernel(e.name, e.time_range.start, e.time_range.end) for e in events]
     return kernels, 1e3 * begin.elapsed_time(end)

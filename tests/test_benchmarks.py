@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import performance, resume
-from benchmarks.attribution import Kernel, attribute, longest
+from benchmarks.attribution import Kernel, attribute, kind, longest
 from benchmarks.shapes import SHAPES
 from benchmarks.train import PEERS, arguments, measure
 
@@ -86,6 +86,9 @@ def test_the_time_of_a_step_is_attributed_once():
     got = attribute(kernels, 8000.0)
     want = {"communication": 1.0, "matmul": 2.0, "compiled": 2.0, "attention": 1.0, "idle": 2.0}
     assert {name: ms for name, ms in got.items() if ms} == want
+    assert kind("triton_poi_fused__scaled_dot_product_flash_attention_view_3") == "compiled"
+    assert kind("triton_tem_fused_mm_0") == kind("void bmm_kernel") == "matmul"
+    assert kind("void at::native::_scatter_gather_elementwise_kernel<128, 8>") == "other"
     assert next(longest(kernels)).split()[:4] == ["4.00", "ms", "1", "x"]
     rows = [{"row": "a", "peer": "torch", "milliseconds": [got, {**got, "idle": 3.0}]}]
     assert performance.attributions(rows)[-2].endswith("| 2 to 3 |")

@@ -68,6 +68,22 @@ def test_inductor(pool):
     assert not any(bad), bad[0]
 
 
+def graphs_found(mesh, device):
+    from torch._dynamo.utils import counters
+
+    model = nemo2.parallelize(GPT(layers=4), nemo2.make_mesh(**mesh, device=device), compile=True)
+    counters.clear()
+    model.run_backward(next_token, token_ids(8), key="train")
+    return {name: n for name, n in counters["inductor"].items() if "fxgraph_cache" in name}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_blocks_that_are_alike_are_compiled_once(pool):
+    for found in pool.run(2, graphs_found, {"tp": 2}, pool.device, timeout=280):
+        assert found["fxgraph_cache_hit"] >= 2 * 3  # forward and backward of all but the first
+        assert not found.get("fxgraph_cache_bypass")
+
+
 # --- how often, and what runs -------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
 from ..errors import Nemo2Error
@@ -91,7 +92,9 @@ def rehearse(
 
     Communication: none.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=False)
+    # Shapes are static all the same: without an environment inductor's cache refuses its graphs.
+    shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+    mode = FakeTensorMode(allow_non_fake_inputs=False, shape_env=shapes)
     tensors = tuple(i for i, x in enumerate(leaves) if isinstance(x, Tensor))
     made = Rehearsal(slots, axes, mode, tensors, (), None, (), ())
     state, watch = Tracing(), _Watch()

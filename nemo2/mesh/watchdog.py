@@ -349,9 +349,9 @@ class Watchdog:
 
     def _say_record(self) -> None:
         with self._saying:
-            if self._record is not None and not self._said:
-                self._said = True
-                _say(str(self._record.error(self.rank, self.step)))
+            said, self._said = self._said, True
+        if not said and self._record is not None:
+            _say(str(self._record.error(self.rank, self.step)))
 
     def _left_behind_by(self) -> _Record | None:
         """Return a rank that has left before or in the step that this one runs, if there is one."""
