@@ -155,24 +155,10 @@ def run(
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The same training without interruption, on one device.
-
-    In a process as fresh as those of the others: what torch and Lightning do once in a process
-    draws random numbers, and the order of the samples follows.
-    """
+    """The same training without interruption, on one device."""
     folder = tmp_path_factory.mktemp("whole")
-    code, said = run(folder, WHOLE="1")
-    assert code == 0, said
-    found: dict[str, Any] = json.loads((folder / "whole.json").read_text())
-    return found
-
-
-def train_whole(folder: Path) -> None:
-    torch.set_num_threads(1)
-    options: dict[str, Any] = {"max_steps": STEPS, "max_epochs": 3, "shuffle": True}
-    made = fit(folder, None, batch=GLOBAL, samples=SAMPLES, **options)
-    text = json.dumps({name: made[name] for name in ("losses", "samples")})
-    (folder / "whole.json").write_text(text)
+    options: dict[str, Any] = {"max_steps": STEPS, "max_epochs": 3}
+    return fit(folder, None, batch=GLOBAL, samples=SAMPLES, shuffle=True, **options)
 
 
 def check(folder: Path, whole: dict[str, Any], begins: list[int]) -> None:
@@ -357,9 +343,7 @@ def test_ranks_that_see_other_folders_are_told() -> None:
 
 
 if __name__ == "__main__":
-    if "WHOLE" in os.environ:
-        train_whole(Path(sys.argv[1]))
-    elif len(sys.argv) > 2:
+    if len(sys.argv) > 2:
         launch(Path(sys.argv[1]), int(sys.argv[2]))
     else:
         train(Path(sys.argv[1]), json.loads(os.environ.get("OPTIONS", "{}")))
