@@ -46,7 +46,7 @@ class Row:
         parts += ["reshard"] if self.reshard else []
         return ", ".join(parts)
 
-    def command(self, peer: str, steps: int, profile: bool = False) -> list[str]:
+    def command(self, peer: str, steps: int) -> list[str]:
         world = MeshSizes.of(self.mesh).world
         run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
         given = {
@@ -59,7 +59,7 @@ class Row:
         }
         flags = [f"--{name}={value}" for name, value in given.items()]
         flags += [f"--{name}" for name in ("eager", "reshard") if getattr(self, name)]
-        flags += ["--profile"] if profile else []
+        flags += ["--profile"] if torch.cuda.device_count() >= world else []
         return [*run, "-m", "benchmarks.train", *flags]
 
 
@@ -101,7 +101,7 @@ def run_row(row: Row, peers: Sequence[str], steps: int, timeout: float) -> list[
         env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(cache)}
         try:
             done = subprocess.run(
-                row.command(peer, steps, profile=torch.cuda.is_available()),
+                row.command(peer, steps),
                 env=env,
                 capture_output=True,
                 text=True,
@@ -170,7 +170,14 @@ def report(results: Sequence[dict[str, Any]]) -> str:
 def attributions(results: Sequence[dict[str, Any]]) -> list[str]:
     """Return a table of where the time of one more step went, in milliseconds, by rank."""
     columns = [*KINDS, "idle"]
-    lines = [
+    rows = []
+    for result in results:
+        if "milliseconds" in result:
+            cells = [_span([rank[c] for rank in result["milliseconds"]]) for c in columns]
+            rows.append(f"| {result['row']} | {result['peer']} | " + " | ".join(cells) + " |")
+    if not rows:
+        return []
+    return [
         "## Where the time goes",
         "",
         "One more step of each peer, traced: milliseconds of each kind of kernel, lowest to highest"
@@ -178,13 +185,9 @@ def attributions(results: Sequence[dict[str, Any]]) -> list[str]:
         "",
         "| shape, mesh | peer | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 2) + "|",
+        *rows,
+        "",
     ]
-    for result in results:
-        ranks = result.get("milliseconds", [])
-        if ranks:
-            cells = [_span([rank[column] for rank in ranks]) for column in columns]
-            lines.append(f"| {result['row']} | {result['peer']} | " + " | ".join(cells) + " |")
-    return [*lines, ""] if len(lines) > 6 else []
 
 
 def _span(values: Sequence[float]) -> str:

@@ -30,7 +30,9 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,21 +165,30 @@ def reference(root: Path, notes: Path, steps: int) -> dict[int, dict[str, Tensor
     In a process of its own: with a CUDA build of torch, one that has run a backward cannot fork.
     """
     made = root / "reference.pt"
+
+    def whole() -> None:
+        note = train(root / "none", notes, {"dp": 1}, steps, background=False, saving=False)
+        torch.save(note.kept, made)
+
+    if reaped(forked(whole)):
+        raise SystemExit("the training without a kill failed")
+    states: dict[int, dict[str, Tensor]] = torch.load(made)
+    return states
+
+
+def forked(run: Callable[[], object]) -> int:
+    """Run a function in a process of its own, whose status says whether it ended; return its id."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            whole = train(root / "none", notes, {"dp": 1}, steps, background=False, saving=False)
-            torch.save(whole.kept, made)
+            run()
             code = 0
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(code)
-    if reaped(child):
-        raise SystemExit("the training without a kill failed")
-    states: dict[int, dict[str, Tensor]] = torch.load(made)
-    return states
+    return child
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -230,13 +241,8 @@ class Harness:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        children = []
-        for rank in range(2):
-            child = os.fork()
-            if child == 0:
-                self._be(rank, port, notes, mesh, background)
-            children.append(child)
-        return children
+        be = partial(self._be, port=port, notes=notes, mesh=mesh, late=background)
+        return [forked(partial(be, rank)) for rank in range(2)]
 
     def _be(self, rank: int, port: int, notes: Path, mesh: dict[str, int], late: bool) -> None:
         """Be one rank of one life."""
@@ -245,14 +251,7 @@ class Harness:
         os.dup2(log, 2)
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-        code = 1
-        try:
-            train(self.folder, notes, mesh, self.steps, background=late, saving=True)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
+        train(self.folder, notes, mesh, self.steps, background=late, saving=True)
 
     def _kill(self, children: list[int], notes: Path) -> bool:
         """Kill both at a random moment after the first step; say if they ended by themselves."""

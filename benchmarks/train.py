@@ -60,6 +60,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda", index) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    elif args.profile:
+        raise ValueError("--profile reads a trace of GPU kernels: it needs a GPU for each rank")
     schedule = "interleaved" if args.virtual_stages > 1 else "1f1b"
     case = Case(
         args.shape,
@@ -88,7 +90,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             _synchronize(device)
             times.append(time.perf_counter() - start)
             losses.append(float(loss.detach()))
-        profiled = profile(partial(step, ids)) if args.profile and cuda else {}
+        profiled = profile(partial(step, ids)) if args.profile else {}
     seconds = statistics.median(times[2:])
     used = torch.tensor([memory(device)], device=device)
     dist.all_reduce(used, op=dist.ReduceOp.MAX)
