@@ -16,6 +16,7 @@ import random
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ CACHING = ("llama", "llama tied", "gpt2")  # with a cache in their blocks, as th
 _COST = {1: 1.0, 2: 1.3, 4: 2.0, 8: 6.0}  # of a cell, by its processes, on two cores
 RESULTS = Path(__file__).parents[1] / "docs" / "matrix.json"
 METHODS = ("ring", "all_gather", "ulysses")
+
+Results = dict[str, Any]  # of a cell: the torch under which it was equal, or False
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,9 @@ def main() -> int:
     asked = parser.parse_args()
     cells = product(dealt=True)
     cells += [plain(m, 2, dp=2, pp=2, cp=2, tp=2) for m in ZOO]  # all axes, 16 processes
-    results = json.loads(RESULTS.read_text()) if asked.resume and RESULTS.exists() else {}
+    results: Results = {}
+    if asked.resume and RESULTS.exists():
+        results = json.loads(RESULTS.read_text())
     deadline = time.time() + asked.minutes * 60
     todo = [c for c in cells if not results.get(str(c))]
     random.Random(0).shuffle(todo)
@@ -195,12 +200,13 @@ def main() -> int:
             for one in [threads.submit(_drain, waiting, results, deadline) for _ in range(pools)]:
                 one.result()
     write(cells, results)
-    passed, failed = (sum(results.get(str(c)) is ok for c in cells) for ok in (True, False))
+    passed = sum(bool(results.get(str(c))) for c in cells)
+    failed = sum(results.get(str(c)) is False for c in cells)
     print(f"{len(cells)} cells: {passed} passed, {failed} failed, others not run")
     return 1 if failed else 0
 
 
-def _drain(waiting: Any, results: dict[str, bool], deadline: float) -> None:
+def _drain(waiting: Any, results: Results, deadline: float) -> None:
     """Run jobs on a pool of its own until none is left, or no time."""
     from tests.pool import Pool
 
@@ -216,7 +222,7 @@ def _drain(waiting: Any, results: dict[str, bool], deadline: float) -> None:
             except RuntimeError as error:  # a rank raised, or hangs
                 answers = [(False, str(error))] * len(job)
             for cell, (ok, text) in zip(job, answers, strict=True):
-                results[str(cell)] = ok
+                results[str(cell)] = ok and torch.__version__.split("+")[0]
                 if not ok:
                     print(cell, text, sep="\n")
             print(f"{len(results)} run, {waiting.qsize()} jobs wait", flush=True)
@@ -224,8 +230,10 @@ def _drain(waiting: Any, results: dict[str, bool], deadline: float) -> None:
         pool.close()
 
 
-def write(cells: Sequence[Cell], results: dict[str, bool]) -> None:
-    passed, failed = (sum(results.get(str(c)) is ok for c in cells) for ok in (True, False))
+def write(cells: Sequence[Cell], results: Results) -> None:
+    failed = sum(results.get(str(c)) is False for c in cells)
+    passed = Counter(v for c in cells if (v := results.get(str(c))))
+    versions = ", ".join(f"{n} under torch {version}" for version, n in sorted(passed.items()))
     lines = [
         "# The parity matrix",
         "",
@@ -234,8 +242,8 @@ def write(cells: Sequence[Cell], results: dict[str, bool]) -> None:
         "device (loss, every gradient, gradient norm, weights after one AdamW step), on gloo"
         " processes.",
         "",
-        f"torch {torch.__version__.split('+')[0]}, Python {sys.version.split()[0]}: of {len(cells)}"
-        f" cells {passed} equal one device, {failed} do not, the others were not run.",
+        f"Of {len(cells)} cells {sum(passed.values())} equal one device ({versions}), {failed} do"
+        " not, the others were not run.",
         "",
         "Each entry: cells equal / run / in the product, over the kinds of data parallelism (ddp,"
         " zero1, fsdp,",
@@ -254,7 +262,7 @@ def write(cells: Sequence[Cell], results: dict[str, bool]) -> None:
         row = []
         for model in ZOO:
             own = [c for c in cells if c.model == model and tuple(c.sizes.items()) == sizes]
-            here = [results[str(c)] for c in own if str(c) in results]
+            here = [bool(results[str(c)]) for c in own if str(c) in results]
             row.append(f"{sum(here)} / {len(here)} / {len(own)}" if own else "")
         mesh = " ".join(f"{axis}{n}" for axis, n in sizes if n > 1) or "one device"
         lines.append(f"| {mesh} | " + " | ".join(row) + " |")

@@ -224,3 +224,14 @@ def test_kernels_are_never_reached() -> None:
         torch._C.DisableTorchFunctionSubclass(),
     ):
         absent(2) + 1
+
+
+@pytest.mark.parametrize("weights", [None, torch.float32, torch.float64, torch.int64])
+def test_counts_have_a_size_if_it_is_said(weights: torch.dtype | None) -> None:
+    ids = torch.tensor([0, 2, 2])
+    given = {} if weights is None else {"weights": torch.ones(3, dtype=weights)}
+    real = torch.bincount(ids, minlength=5, **given)
+    made = torch.bincount(absent(3).long(), minlength=5, **given)
+    assert (made.shape, made.dtype) == (real.shape, real.dtype)
+    with pytest.raises(PipelineError, match="'bincount' needs a value"):
+        torch.bincount(absent(3).long())

@@ -307,7 +307,10 @@ ZOO: dict[str, Model] = {
     "Qwen3": Model(causal, {"kind": "Qwen3", "head_dim": 8}),
     "Mistral": Model(causal, {"kind": "Mistral", "sliding_window": 4}),
     "Gemma-2": Model(
-        causal, {"kind": "Gemma2", "head_dim": 8, "sliding_window": 4}, refused=_MIXES
+        causal,
+        # what transformers 5.23 chooses by itself, and 5.17 did not
+        {"kind": "Gemma2", "head_dim": 8, "sliding_window": 4, "attn_implementation": "eager"},
+        refused=_MIXES,
     ),
     "Phi-3": Model(causal, {"kind": "Phi3"}),
     "GPT-2": Model(gpt2),

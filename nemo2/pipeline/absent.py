@@ -276,7 +276,20 @@ def _grouped_mm(x: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
 
 
 # torch knows their shapes on meta for some dtypes only
-_SHAPES = dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped_mm)
+def _bincount(x: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:
+    """``minlength`` counts (no value of ``x`` is larger): without it their number is a value."""
+    if minlength < 1:
+        raise NotImplementedError("bincount on meta: minlength must say how many counts")
+    dtype = torch.int64 if weights is None else weights.dtype
+    if weights is not None and dtype != torch.float32:
+        dtype = torch.float64
+    return torch.empty(minlength, dtype=dtype, device="meta")
+
+
+_SHAPES = {
+    **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped_mm),
+    "bincount": _bincount,
+}
 
 
 def _without_device(
