@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import _IncompatibleKeys
 
 from .errors import Nemo2Error, PipelineError
 from .mesh.groups import MeshGroups
@@ -133,14 +135,55 @@ class ParallelModel(nn.Module):
         persistent = self.module.state_dict()
         return {n: b for n, b in self.module.named_buffers() if n in persistent}
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Copy values under original names: this model's ``state_dict``, or whole tensors.
+
+        Communication: none.
+        """
+        own = {e.name for e in self.storage} | self._persistent_buffers().keys()
+        known = {n for p in self.plan.params for n in (p.name, *p.aliases)}
+        known.update(n for n, _ in self.module.named_buffers())
+        missing, unknown = sorted(own - state_dict.keys()), sorted(state_dict.keys() - known)
+        if assign or (strict and (missing or unknown)):
+            lost = f"missing {missing[:4]}, unknown {unknown[:4]}"
+            why = (
+                "assign=True would replace memory that is laid out on the mesh" if assign else lost
+            )
+            raise Nemo2Error(
+                f"cannot load this state: {why}\n  options: the names of state_dict(), or of the"
+                " unsplit model | strict=False | nemo2.load for checkpoints"
+            )
+        with torch.no_grad():
+            for entry in self.storage:
+                value = state_dict.get(entry.name)
+                if isinstance(value, DTensor):
+                    entry.view.copy_(value)
+                elif value is not None:
+                    whole = in_rank_order(value, entry.plan, self.groups.sizes.tp)
+                    copy_into(entry.view, whole)
+            for name, buffer in self.module.named_buffers():
+                if name in state_dict:
+                    buffer.copy_(state_dict[name])
+        return _IncompatibleKeys(missing, unknown)
+
+    def __deepcopy__(self, memo: Any) -> ParallelModel:
+        raise self._no_copy("copied")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise self._no_copy("pickled")
+
+    def _no_copy(self, what: str) -> Nemo2Error:
+        return Nemo2Error(
+            f"a parallel model cannot be {what}: its memory and its groups belong to the mesh\n"
+            "  options: full_state_dict() for the unsplit module | nemo2.save | copies of what"
+            " model.params holds, for averages"
+        )
+
     def load_full_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy whole tensors, under original names, into this rank's parts."""
-        for entry in self.storage:
-            whole = state[entry.name]
-            copy_into(entry.view, in_rank_order(whole, entry.plan, self.groups.sizes.tp))
-        for name, buffer in self.module.named_buffers():
-            if name in state:
-                buffer.copy_(state[name])
+        self.load_state_dict({**self._persistent_buffers(), **state})
 
     # --- running
 
@@ -250,6 +293,11 @@ class ParallelModel(nn.Module):
         ``key`` says when two calls are the same step; by default the function does.
         """
         self._check_parameters()
+        if not callable(loss_fn):
+            raise Nemo2Error(
+                f"backward(loss_fn, batch): loss_fn is a {type(loss_fn).__name__}, no function\n"
+                "  options: model.backward(lambda model, batch: ..., batch)"
+            )
         for entry in self.storage:
             entry.compute.grad = None
         losses = Losses(loss_fn, has_aux, self.groups.sizes.cp)
@@ -297,9 +345,11 @@ class ParallelModel(nn.Module):
             stack.enter_context(unfused_layers())
             step_plan, may_skip = self._plan_for(step, parts[0], key, plan or self.plan)
             runner.use(step_plan)
+            if isinstance(step, Losses) and step_plan is not None and step_plan.trace.complete:
+                step.check(step_plan.trace.output)
             if not forward_only:
                 stack.enter_context(runner.recomputing())
-            stack.enter_context(lent(self._loans(step_plan), self.storage, groups))
+            stack.enter_context(lent(self._loans(step_plan), self.places, self.storage, groups))
             stack.enter_context(self._seeded())
             stack.enter_context(
                 self._data_parallel.running(may_skip=may_skip, forward_only=forward_only)

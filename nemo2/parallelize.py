@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from .errors import Nemo2Error
 from .mesh.groups import MeshGroups, replica_mesh, stage_group
 from .options import Pipeline
 from .places import places
@@ -60,6 +61,7 @@ def parallelize(
     from .sharding.optimizers import step_on_shards
     from .sharding.storage import check_same_everywhere, finish, place, shard_over_dp, storage_mesh
 
+    _check_arguments(model, mesh)
     planned = plan(model, mesh, data_parallel=data_parallel, pipeline=pipeline, **options)
     groups = MeshGroups.of(mesh)
     check_same_everywhere(planned, model, groups)
@@ -117,3 +119,27 @@ def _seed(groups: MeshGroups) -> int:
     if groups.sizes.world > 1:
         dist.broadcast(seed, src=int(groups.mesh.mesh.reshape(-1)[0]), group=groups.world)
     return int(seed.item())
+
+
+def _check_arguments(model: Any, mesh: Any) -> None:
+    """Refuse what is no module of one device, or no mesh of processes."""
+    from .model import ParallelModel
+
+    if isinstance(model, ParallelModel):
+        raise Nemo2Error("parallelize: this model is parallel already; options: the unsplit module")
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise Nemo2Error(
+            f"parallelize(model, mesh): model must be an nn.Module, it is {got}\n"
+            "  options: parallelize(Model(...), nemo2.make_mesh(tp=2))"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise Nemo2Error(
+            "parallelize: this model was compiled by torch.compile before\n"
+            "  options: the plain module and parallelize(..., compile=True)"
+        )
+    if not isinstance(mesh, DeviceMesh):
+        raise Nemo2Error(
+            f"parallelize(model, mesh): mesh must be a DeviceMesh, it is {type(mesh).__name__}\n"
+            "  options: nemo2.make_mesh(tp=2); plan and verify take sizes"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -36,3 +37,20 @@ def places(model: nn.Module) -> tuple[Place, ...]:
         Place(first[id(module._parameters[leaf])], tuple(own), module, leaf)
         for (module, leaf), own in names.items()
     )
+
+
+def in_order(modules: Iterable[nn.Module], where: Sequence[Place]) -> None:
+    """List the parameters of ``modules`` in the order of ``where``, which is the user's.
+
+    What is put into a module's places for a while stands last, and a loop over
+    ``module.parameters()`` would meet it on one stage earlier than on another.
+    """
+    leaves: dict[nn.Module, list[str]] = {module: [] for module in modules}
+    for place in where:
+        if place.module in leaves:
+            leaves[place.module].append(place.leaf)
+    for module, own in leaves.items():
+        held = module._parameters
+        for leaf in own:
+            if leaf in held:
+                held[leaf] = held.pop(leaf)

@@ -14,6 +14,7 @@ import os
 import queue
 import random
 import sys
+import threading
 import time
 import zlib
 from collections import Counter
@@ -41,6 +42,7 @@ SCHEDULES = {"1f1b": (1, None), "interleaved": (2, 5)}
 REMAT = (None, "full", "selective")
 CACHING = ("llama", "llama tied", "gpt2")  # with a cache in their blocks, as they are by default
 _COST = {1: 1.0, 2: 1.3, 4: 2.0, 8: 6.0}  # of a cell, by its processes, on two cores
+_SAVING = threading.Lock()
 RESULTS = Path(__file__).parents[1] / "docs" / "matrix.json"
 METHODS = ("ring", "all_gather", "ulysses")
 
@@ -199,6 +201,7 @@ def main() -> int:
         with ThreadPoolExecutor(pools) as threads:
             for one in [threads.submit(_drain, waiting, results, deadline) for _ in range(pools)]:
                 one.result()
+    save(results)
     write(cells, results)
     passed = sum(bool(results.get(str(c))) for c in cells)
     failed = sum(results.get(str(c)) is False for c in cells)
@@ -225,6 +228,7 @@ def _drain(waiting: Any, results: Results, deadline: float) -> None:
                 results[str(cell)] = ok and torch.__version__.split("+")[0]
                 if not ok:
                     print(cell, text, sep="\n")
+            save(results)  # a run that is cut off keeps what it has
             print(f"{len(results)} run, {waiting.qsize()} jobs wait", flush=True)
     finally:
         pool.close()
@@ -267,7 +271,11 @@ def write(cells: Sequence[Cell], results: Results) -> None:
         mesh = " ".join(f"{axis}{n}" for axis, n in sizes if n > 1) or "one device"
         lines.append(f"| {mesh} | " + " | ".join(row) + " |")
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
+
+
+def save(results: Results) -> None:
+    with _SAVING:
+        RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
 
 
 def _order(cell: Cell) -> tuple[int, ...]:

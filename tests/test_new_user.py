@@ -5,7 +5,9 @@ One is annotated by hand, one by rules, one by structure.
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -406,3 +408,98 @@ def test_audio_with_channels_first_is_refused_over_the_sequence():
     with pytest.raises(ShardingError, match="which dims are the sequence") as error:
         nemo2.plan(tagger(), "cp=2", step=tag_loss, batch=recordings())
     assert "(batch, sequence, ...)" in str(error.value)
+
+
+def penalised(model, batch):
+    return model(batch).pow(2).mean() + sum(p.pow(2).sum() for p in model.parameters())
+
+
+class Bottleneck(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+        nemo2.shard(self.up.weight, "tp", dim=0)
+        nemo2.shard(self.up.bias, "tp", dim=0)
+        nemo2.shard(self.down.weight, "tp", dim=1)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+def bottlenecks():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), *(Bottleneck() for _ in range(2)), nn.Linear(4, 4))
+    return nemo2.annotate(model.double())
+
+
+def penalty(sizes, device):
+    x = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = penalised(bottlenecks(), x).item()
+    model = nemo2.parallelize(bottlenecks(), nemo2.make_mesh(**sizes, device=device))
+    return expected, float(model.backward(penalised, x))
+
+
+@pytest.mark.parametrize("sizes", [{"pp": 2, "tp": 2}, {"pp": 2}, {"tp": 2}], ids=str)
+def test_a_loop_over_parameters_meets_them_in_the_users_order(pool, sizes):
+    """Borrowed parameters came in another order than planned: biases were taken for weights."""
+    for expected, found in pool.run(2 ** len(sizes), penalty, sizes, pool.device):
+        assert found == pytest.approx(expected, rel=1e-12)
+
+
+def mistakes(sizes, device):
+    mesh = nemo2.make_mesh(**sizes, device=device)
+    model = nemo2.parallelize(bottlenecks(), mesh)
+    x = torch.ones(4, 4, dtype=torch.float64)
+
+    def mean(module, batch):
+        return module(batch).mean()
+
+    tries = {
+        "returned float": lambda: model.backward(lambda m, b: float(mean(m, b)), x),
+        "count is a dict": lambda: model.backward(lambda m, b: (mean(m, b), {"mse": 1}), x),
+        "loss_fn is a Tensor": lambda: model.backward(x, mean),
+        "parallel already": lambda: nemo2.parallelize(model, mesh),
+        "is the class": lambda: nemo2.parallelize(Bottleneck, mesh),
+        "it is str": lambda: nemo2.parallelize(bottlenecks(), "tp=2"),
+        "by torch.compile": lambda: nemo2.parallelize(torch.compile(bottlenecks()), mesh),
+        "be copied": lambda: copy.deepcopy(model),
+        "be pickled": lambda: pickle.dumps(model),
+        "missing": lambda: model.load_state_dict({"other": x}),
+    }
+    wrong = []
+    for text, attempt in tries.items():
+        try:
+            attempt()
+            wrong.append(f"{text}: nothing was raised")
+        except nemo2.Nemo2Error as error:
+            if text not in str(error) or "options:" not in str(error):
+                wrong.append(f"{text}: {error}")
+    return wrong, model.backward(mean, x).item()
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 2}, {"pp": 2}], ids=str)
+def test_mistakes_are_named_on_every_rank(pool, sizes):
+    for wrong, _ in pool.run(2, mistakes, sizes, pool.device):
+        assert not wrong, wrong
+
+
+def loaded(sizes, kind, device):
+    mesh = nemo2.make_mesh(**sizes, device=device)
+    model = nemo2.parallelize(bottlenecks(), mesh, data_parallel=kind)
+    other = bottlenecks()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(2.0)
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    model.load_state_dict(other.state_dict())
+    whole = model.full_state_dict()
+    same = all(torch.equal(whole[n].cpu(), v) for n, v in other.state_dict().items())
+    model.load_state_dict(before)
+    whole = model.full_state_dict()
+    return same, all(torch.equal(whole[n].cpu(), v) for n, v in bottlenecks().state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("sizes", [{"dp": 2, "tp": 2}, {"pp": 2, "tp": 2}], ids=str)
+def test_load_state_dict_takes_its_own_and_that_of_one_device(pool, sizes, kind):
+    assert set(pool.run(4, loaded, sizes, kind, pool.device)) == {(True, True)}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import PipelineError
 from ..pytree import tree_map
 from ..sharding.dropout import Forward
+from .absent import to_meta
 from .stages import StagePlan
 
 if TYPE_CHECKING:
@@ -31,6 +32,13 @@ class Losses:
 
     def __call__(self, module: nn.Module, batch: Any) -> Any:
         return self.loss_fn(module, batch)
+
+    def check(self, planned: Any) -> None:
+        """Refuse, on all ranks alike, what the planned step returned and ``take`` will not."""
+        planned = to_meta(planned)
+        if self.has_aux and isinstance(planned, tuple) and len(planned) == 2:
+            planned = planned[0]
+        checked_loss(planned)
 
     def take(self, result: Any) -> Tensor:
         if self.has_aux:
@@ -55,6 +63,14 @@ def checked_loss(result: Any) -> tuple[Tensor, Any]:
         raise PipelineError(
             f"loss_fn must return a scalar mean, or (sum, count); it returned {got}\n"
             "  options: loss.mean() | (losses.sum(), losses.numel())"
+        )
+    number = isinstance(count, (int, float)) or (isinstance(count, Tensor) and count.numel() == 1)
+    if not number:
+        raise PipelineError(
+            "loss_fn must return a scalar mean, or (sum, count); its count is a"
+            f" {type(count).__name__}\n"
+            "  options: (losses.sum(), losses.numel()) | has_aux=True of value_and_grad for what"
+            " is returned beside the loss"
         )
     return loss, count
 

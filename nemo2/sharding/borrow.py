@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from ..mesh.groups import MeshGroups, stage_group
 from ..pipeline.stages import ranks_of
-from ..places import Place
+from ..places import Place, in_order
 from ..plan import ParamPlan, Plan
 from .precision import compute_copy, filled
 from .reduce import gradient, set_gradient
@@ -87,8 +87,13 @@ def borrowing_ranks(
 
 
 @contextmanager
-def lent(loans: Sequence[Loan], storage: Storage, groups: MeshGroups) -> Iterator[None]:
+def lent(
+    loans: Sequence[Loan], where: Sequence[Place], storage: Storage, groups: MeshGroups
+) -> Iterator[None]:
     """Lend for the time of a run.
+
+    Args:
+        where: all places of parameters, in the user's order.
 
     Communication: for each loan one broadcast of the parameter, and under FSDP a gather.
     """
@@ -105,6 +110,7 @@ def lent(loans: Sequence[Loan], storage: Storage, groups: MeshGroups) -> Iterato
         for place in loan.places:
             undo.append((place, place.module.__dict__.pop(place.leaf)))
             place.module._parameters[place.leaf] = loan.leaf
+    in_order([place.module for place, _ in undo], where)
     pairs = [(x.copy, x.leaf) for x in loans if x.copy is not None and x.leaf is not None]
     try:
         with filled(pairs):
