@@ -14,7 +14,8 @@ import torch
 
 KINDS = {
     "attention": r"flash|fmha|sdpa|attention",
-    "matmul": r"gemm|cutlass|nvjet|xmma|cublas|bmm|^triton_tem_.*mm",
+    # flash kernels have cutlass in their template's arguments
+    "matmul": r"^(?!.*(flash|fmha)).*(gemm|cutlass|nvjet|xmma|cublas|bmm)|^triton_tem_.*mm",
     "optimizer": r"adam|multi_tensor",
     "compiled": r"^triton",
     "other": r"",

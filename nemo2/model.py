@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -345,8 +345,8 @@ class ParallelModel(nn.Module):
             stack.enter_context(unfused_layers())
             step_plan, may_skip = self._plan_for(step, parts[0], key, plan or self.plan)
             runner.use(step_plan)
-            if isinstance(step, Losses) and step_plan is not None and step_plan.trace.complete:
-                step.check(step_plan.trace.output)
+            if not forward_only and step_plan is not None and step_plan.trace.complete:
+                cast("Losses", step).check(step_plan.trace.output)
             if not forward_only:
                 stack.enter_context(runner.recomputing())
             stack.enter_context(lent(self._loans(step_plan), self.places, self.storage, groups))

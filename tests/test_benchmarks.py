@@ -87,6 +87,10 @@ def test_the_time_of_a_step_is_attributed_once():
     want = {"communication": 1.0, "matmul": 2.0, "compiled": 2.0, "attention": 1.0, "idle": 2.0}
     assert {name: ms for name, ms in got.items() if ms} == want
     assert kind("triton_poi_fused__scaled_dot_product_flash_attention_view_3") == "compiled"
+    flash = (
+        "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, cutlass::bfloat16_t>>"
+    )
+    assert kind(flash) == "attention"
     assert kind("triton_tem_fused_mm_0") == kind("void bmm_kernel") == "matmul"
     assert kind("void at::native::_scatter_gather_elementwise_kernel<128, 8>") == "other"
     assert next(longest(kernels)).split()[:4] == ["4.00", "ms", "1", "x"]
