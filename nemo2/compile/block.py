@@ -120,12 +120,6 @@ class CompiledBlock:
         rehearsal = rehearse(forward, self.block, self._slots, leaves, held, self.axes)
         if isinstance(rehearsal, str):
             return self._eager(rehearsal)
-        import os
-        if os.environ.get("NEMO2_OVERLAP") and leaves and torch.cuda.is_available():
-            from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-            for axis in self.axes.values():
-                if getattr(axis, "group", None) is not None:
-                    enable_symm_mem_for_group(axis.group.group_name)
         try:
             run = compiled_function(
                 rehearsal, forward, leaves, held, self.backend, selective=self.selective

@@ -107,13 +107,11 @@ def _backend(name: str, selective: bool) -> Callable[..., Callable[..., Sequence
 
 
 def _inductor(module: GraphModule, inputs: Sequence[Tensor], *, selective: bool) -> Any:
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
     from .remat import Selective
 
-    import os
-    options: dict[str, Any] = {"joint_custom_pre_pass": Selective()} if selective else {}
-    if os.environ.get("NEMO2_OVERLAP"):
-        from . import overlap
-        options["post_grad_custom_post_pass"] = overlap.Overlap()
-    return compile_fx(module, inputs, config_patches=options or None)
+    options = {"joint_custom_pre_pass": Selective()} if selective else {}
+    with config.patch(options):
+        return compile_fx(module, inputs)
