@@ -241,7 +241,8 @@ class ParallelModel(nn.Module):
         """Return the plan of a forward on one microbatch; None where it needs none."""
         self.storage.follow_freezing()
         with torch.no_grad(), self.storage.computing(), unfused_layers():
-            return self._plan_for(step, self._to_device(part), key, plan)[0]
+            part = self._to_device(part)
+            return self._plan_for(step, part, key, plan, forward_only=True)[0]
 
     def from_last_stage(self, value: Any) -> Any:
         """Return the last stage's ``value`` on every stage.
@@ -343,10 +344,10 @@ class ParallelModel(nn.Module):
         self.storage.follow_freezing()
         with self.storage.computing(), ExitStack() as stack:
             stack.enter_context(unfused_layers())
-            step_plan, may_skip = self._plan_for(step, parts[0], key, plan or self.plan)
+            step_plan, may_skip = self._plan_for(
+                step, parts[0], key, plan or self.plan, forward_only=forward_only
+            )
             runner.use(step_plan)
-            if not forward_only and step_plan is not None and step_plan.trace.complete:
-                cast("Losses", step).check(step_plan.trace.output)
             if not forward_only:
                 stack.enter_context(runner.recomputing())
             stack.enter_context(lent(self._loans(step_plan), self.places, self.storage, groups))
@@ -382,7 +383,7 @@ class ParallelModel(nn.Module):
         return results[: len(parts)]
 
     def _plan_for(
-        self, step: Step, batch: Any, key: Any, plan: Plan
+        self, step: Step, batch: Any, key: Any, plan: Plan, *, forward_only: bool
     ) -> tuple[StepPlan | None, bool]:
         """Return the step's plan, made at the first call for these shapes, or None if not needed.
 
@@ -403,6 +404,8 @@ class ParallelModel(nn.Module):
         full = (key, spec, shapes, switches, torch.is_grad_enabled())
         if full not in self._step_plans:
             made, may_skip = self._plan_step(step, batch, plan)
+            if not forward_only and made is not None and made.trace.complete:
+                cast("Losses", step).check(made.trace.output)
             if still and made is not None and not made.randomness.keyed:
                 full = still
             if alone and made is not None and not made.randomness.keyed:

@@ -126,7 +126,9 @@ def _check_arguments(model: Any, mesh: Any) -> None:
     from .model import ParallelModel
 
     if isinstance(model, ParallelModel):
-        raise Nemo2Error("parallelize: this model is parallel already; options: the unsplit module")
+        raise Nemo2Error(
+            "parallelize: this model is parallel already\n  options: pass the unsplit module"
+        )
     if not isinstance(model, nn.Module):
         got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise Nemo2Error(

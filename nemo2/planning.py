@@ -31,13 +31,11 @@ def planning(
         undo.enter_context(unfused_layers())
         undo.enter_context(follow_weights(model))
         made: dict[str, Absent] = {}
-        returned: list[nn.Module] = []
         for place in where:
             if place.param not in made:
                 made[place.param] = absent(place.param)
-            if _put(place, made[place.param], undo):
-                returned.append(place.module)
-        in_order(returned, where)
+            _put(place, made[place.param], undo)
+        in_order([place.module for place in where], where)
         for module in model.modules():
             for leaf, buffer in list(module._buffers.items()):
                 if buffer is not None:
@@ -63,18 +61,15 @@ def unfused_layers() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _put(place: Place, absent: Absent, undo: ExitStack) -> bool:
-    """Put ``absent`` into a place; say whether this rank holds no parameter there."""
+def _put(place: Place, absent: Absent, undo: ExitStack) -> None:
     attributes: dict[str, Any] = place.module.__dict__
     parameters: dict[str, Any] = place.module._parameters
     if place.leaf in attributes:
         undo.callback(attributes.__setitem__, place.leaf, attributes.pop(place.leaf))
         undo.callback(parameters.pop, place.leaf)
-        parameters[place.leaf] = absent
-        return True
-    undo.callback(parameters.__setitem__, place.leaf, parameters[place.leaf])
+    else:
+        undo.callback(parameters.__setitem__, place.leaf, parameters[place.leaf])
     parameters[place.leaf] = absent
-    return False
 
 
 def _planning_buffer(buffer: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ _SAVING = threading.Lock()
 RESULTS = Path(__file__).parents[1] / "docs" / "matrix.json"
 METHODS = ("ring", "all_gather", "ulysses")
 
-Results = dict[str, Any]  # of a cell: the torch under which it was equal, or False
+Results = dict[str, str | bool]  # of a cell: the torch under which it was equal, or False
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,8 @@ def main() -> int:
     asked = parser.parse_args()
     cells = product(dealt=True)
     cells += [plain(m, 2, dp=2, pp=2, cp=2, tp=2) for m in ZOO]  # all axes, 16 processes
-    results: Results = {}
-    if asked.resume and RESULTS.exists():
-        results = json.loads(RESULTS.read_text())
+    resumed = asked.resume and RESULTS.exists()
+    results: Results = json.loads(RESULTS.read_text()) if resumed else {}
     deadline = time.time() + asked.minutes * 60
     todo = [c for c in cells if not results.get(str(c))]
     random.Random(0).shuffle(todo)

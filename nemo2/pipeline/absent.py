@@ -275,7 +275,6 @@ def _grouped_mm(x: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2])
 
 
-# torch knows their shapes on meta for some dtypes only
 def _bincount(x: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:
     """``minlength`` counts (no value of ``x`` is larger): without it their number is a value."""
     if minlength < 1:
@@ -286,6 +285,7 @@ def _bincount(x: Tensor, weights: Tensor | None = None, minlength: int = 0) -> T
     return torch.empty(minlength, dtype=dtype, device="meta")
 
 
+# torch knows their shapes on meta for some dtypes only, or not at all
 _SHAPES = {
     **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped_mm),
     "bincount": _bincount,
