@@ -179,8 +179,8 @@ def table(args: argparse.Namespace, lives: Sequence[list[dict[str, Any]]]) -> li
         other = [x["seconds"] for n, x in steps.items() if n % args.every != 1 and n > min(steps)]
         lines.append(
             f"{mesh}: steps {min(steps)} to {max(steps)}, {notes[0]['started']:.1f} s until the"
-            f" first began; {statistics.median(other):.3f} s a step, the one that a save begins"
-            f" in {statistics.median(after or [float('nan')]):.3f} s"
+            f" first began; {statistics.median(other):.3f} s a step, those that a save begins"
+            f" in {', '.join(f'{x:.3f}' for x in after)} s"
         )
     first, then = ({x["step"]: x["loss"] for x in notes if "step" in x} for notes in lives)
     both = sorted({*first} & {*then})

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _IncompatibleKeys
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import Nemo2Error, PipelineError
 from .mesh.groups import MeshGroups
@@ -76,6 +77,7 @@ class ParallelModel(nn.Module):
         follow_weights(self.module)
         self._data_parallel = DataParallelRun(plan, runner, managed, storage, groups)
         self._step_plans: OrderedDict[Any, tuple[StepPlan | None, bool]] = OrderedDict()
+        self._loss_dtypes: Any = WeakIdKeyDictionary()  # of the steps of several stages
         self._loans_made: dict[Any, list[Loan]] = {}
         self._known_flags: tuple[bool, ...] | None = None  # of the module, while they stay the same
 
@@ -308,14 +310,14 @@ class ParallelModel(nn.Module):
         self.steps = self.steps + 1 if step is None else step
         with torch.enable_grad():
             self._schedule(losses, parts, forward_only=False, key=key or identity(loss_fn))
-        loss, count = self._global_loss(losses)
+        loss, scale = self._global_loss(losses)
         step_plan = self.runner.step_plan
         partial = step_plan.partial if step_plan is not None else frozenset()
         planned = step_plan is not None and step_plan.trace.complete and not self._alone
         used = frozenset(step_plan.trace.param_uses) if step_plan is not None and planned else None
         reduce_gradients(self.storage, self.groups, partial, self.ties, used)
         give_back(self._loans(step_plan), self.storage, self.groups, partial)
-        scale_gradients(self.storage, 1.0 / count if count else 0.0)
+        scale_gradients(self.storage, scale)
         return loss, losses.aux
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -451,25 +453,32 @@ class ParallelModel(nn.Module):
             )
         return self._loans_made[key]
 
-    def _global_loss(self, losses: Losses) -> tuple[Tensor, float]:
-        """Return the global loss and the global count, over microbatches and dp.
+    def _global_loss(self, losses: Losses) -> tuple[Tensor, Tensor]:
+        """Return the global mean loss, and what gradients of sums are to be multiplied by.
+
+        Both stay on the device: that their values are not read lets the host run ahead.
 
         Communication: one all-reduce of four numbers over the world.
         """
-        totals = torch.zeros(4, dtype=torch.float64, device=self.groups.device)
+        device, step_plan = self.groups.device, self.runner.step_plan
         if self.runner.last and self.groups.tp_rank == 0 and self.groups.cp_rank == 0:
-            for total, count in losses.pairs:
-                totals[0] += total
-                totals[1] += count
-            totals[2], totals[3] = _DTYPES.index(losses.dtype), 1
+            totals = losses.totals(device, _DTYPES)
+        else:
+            totals = torch.zeros(4, dtype=torch.float64, device=device)
         if self.groups.sizes.world > 1:
             dist.all_reduce(totals, group=self.groups.world)
-        total, count, dtype, ranks = totals.tolist()
-        value = total / count if count else float("nan")
-        kind = _DTYPES[round(dtype / ranks)]
+        total, count, dtypes, ranks = totals.unbind()
+        if len(self.plan.stages) == 1:
+            kind = losses.dtype
+        else:  # only the last stage has seen the loss: the others ask once
+            assert step_plan is not None
+            if step_plan not in self._loss_dtypes:
+                self._loss_dtypes[step_plan] = _DTYPES[round(float(dtypes / ranks))]
+            kind = self._loss_dtypes[step_plan]
         if self.plan.options.precision is not None:  # a mean over much more than one value
             kind = torch.promote_types(kind, torch.float32)
-        return torch.tensor(value, dtype=kind, device=self.groups.device), count
+        loss = torch.where(count == 0, torch.nan, total / count)
+        return loss.to(kind), torch.where(count == 0, 0.0, 1 / count)
 
     @property
     def _alone(self) -> bool:

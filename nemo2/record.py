@@ -23,8 +23,8 @@ from .pipeline.absent import (
 )
 from .pytree import tree_flatten, tree_leaves, tree_unflatten
 from .record_calls import CallRecorder
-from .sharding.actions import suspended
 from .sharding.layout import AXES, WHOLE, Sharding
+from .sharding.modes import suspended
 from .trace import (
     Activation,
     BlockOutput,

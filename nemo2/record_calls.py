@@ -27,12 +27,12 @@ from .pipeline.absent import (
 from .pipeline.shapes import memory
 from .pytree import tree_flatten, tree_leaves
 from .randomness import draws
-from .sharding.actions import COMPOSITE, Watcher, is_marker
 from .sharding.calls import Call, Decision, Scene, differentiable, refuse
 from .sharding.decide import decide
 from .sharding.dropout import is_dropout
 from .sharding.functions import check_function
 from .sharding.layout import AXES, WHOLE, Layout, Sharding, local_shape, sharding
+from .sharding.modes import COMPOSITE, Watcher, is_marker
 from .sharding.rules import is_query
 from .trace import (
     Activation,

@@ -21,9 +21,10 @@ from nemo2.pipeline.forwards import edged_forward
 from nemo2.plan import Plan, plan
 from nemo2.pytree import tensors, tree_leaves
 from nemo2.sharding import collectives
-from nemo2.sharding.actions import Emulate, Script, suspended
+from nemo2.sharding.actions import Emulate, Script
 from nemo2.sharding.collectives import Axis
 from nemo2.sharding.layout import REPLICATED, Layout
+from nemo2.sharding.modes import suspended
 from nemo2.sharding.scripts import Programs, needing, programs
 
 RTOL = 1e-11  # float64; sums run in another order

@@ -99,7 +99,13 @@ def start(mode: str, chosen: int, stale: float = 20.0) -> list[subprocess.Popen[
 
 
 def finish(ranks: list[subprocess.Popen[str]], seconds: float, skip: int = -1) -> list[Ended]:
-    """Wait for all ranks but one; whatever happens, leave no process behind."""
+    """Wait for all ranks but one; whatever happens, leave no process behind.
+
+    The seconds count from the first end: a busy machine may take long to start them.
+    """
+    start = time.monotonic()
+    while time.monotonic() < start + 120 and all(process.poll() is None for process in ranks):
+        time.sleep(0.05)
     limit = time.monotonic() + seconds
     try:
         for rank, process in enumerate(ranks):

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import Nemo2Error
 from ..pipeline.absent import is_absent
-from ..sharding.actions import suspended
+from ..sharding.modes import suspended
 from .request import Request
 
 

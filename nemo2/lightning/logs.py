@@ -21,7 +21,7 @@ from torchmetrics import Metric
 
 from ..errors import Nemo2Error
 from ..model import ParallelModel
-from ..sharding.actions import suspended
+from ..sharding.modes import suspended
 from .metrics import MetricName, Metrics
 
 EQUAL = "the same on every rank"

@@ -14,8 +14,8 @@ from torchmetrics import Metric
 
 from ..model import ParallelModel
 from ..pytree import tree_map
-from ..sharding.actions import suspended
 from ..sharding.annotate import constrain
+from ..sharding.modes import suspended
 
 _CALLS = ("forward", "update", "compute")
 

@@ -152,8 +152,11 @@ class Watchdog:
         """Return the failure that another rank had, if one is known."""
         if self._record is None or self._own:
             return None
-        self._raised = True
+        first, self._raised = not self._raised, True
         self._say_record()  # now: a launcher may end this process before its traceback is printed
+        if first:
+            with suppress(Exception):  # the store may be what failed
+                self._linger()
         return self._record.error(self.rank, self.step)
 
     def check(self) -> None:
@@ -224,8 +227,10 @@ class Watchdog:
                 self._wake.wait(self.patience.poll)
                 if not self._leaving.is_set():
                     self._wake.clear()
-            if self._record is None:
+            failed = self._record is not None
+            if not failed or self.rank != 0:  # others must not take a failed host's end for good
                 self._beat(left=True)
+            if not failed:
                 self._linger()
         except Exception as error:  # the store's server is gone
             host, _ = self._seen.get(0, (None, 0.0))
@@ -295,9 +300,10 @@ class Watchdog:
         return self._record == record
 
     def _linger(self) -> None:
-        """Let others read the last word of rank 0 before its exit ends the store it hosts."""
+        """Let others read the last word, or the record, before rank 0's exit ends the store."""
         limit = time.monotonic() + 2 * self.patience.poll + 0.5
         others = set(range(1, self.world_size)) if self.rank == 0 else set()
+        others -= {self._record.rank} if self._record is not None else set()
         while others and time.monotonic() < limit:
             others -= {rank for rank in others if (beat := self._read(rank)) and beat.left}
             time.sleep(0.05)

@@ -19,9 +19,9 @@ from ..sharding.actions import (
     enter_once,
     rowwise_linear,
     run_action,
-    suspended,
 )
 from ..sharding.dropout import count
+from ..sharding.modes import suspended
 from ..trace import Entry
 from .absent import is_absent, resolve
 

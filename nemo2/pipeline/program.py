@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +49,18 @@ class Losses:
         count = count.detach() if isinstance(count, Tensor) else count
         self.pairs.append((loss.detach().double().reshape(()), count))
         return loss.reshape(()) / self.copies
+
+    def totals(self, device: torch.device, dtypes: Sequence[torch.dtype]) -> Tensor:
+        """Return four numbers, float64: the sum of losses, that of counts, which dtype, and 1."""
+        counts = [c for _, c in self.pairs if isinstance(c, Tensor)]
+        known = sum(c for _, c in self.pairs if not isinstance(c, Tensor))
+        out = torch.zeros(4, dtype=torch.float64, device=device)
+        for i, values in enumerate(([loss for loss, _ in self.pairs], counts)):
+            if values:
+                out[i] = torch.stack([x.to(out).reshape(()) for x in values]).sum()
+        for i, number in ((1, known), (2, dtypes.index(self.dtype)), (3, 1)):
+            out[i] += number  # filled on the device: a copy from the host would wait for it
+        return out
 
 
 def checked_loss(result: Any) -> tuple[Tensor, Any]:

@@ -27,10 +27,12 @@ from ..mesh.groups import MeshGroups
 from ..places import Place
 from ..plan import Plan, StepPlan
 from ..pytree import tree_flatten, tree_leaves, tree_unflatten
-from ..sharding.actions import Emulate, Script, obeying, pause, resume, suspended
+from ..sharding.actions import Emulate, Script, obeying
 from ..sharding.collectives import Axis, gather
 from ..sharding.dropout import Forward
 from ..sharding.layout import AXES
+from ..sharding.modes import pause, resume, suspended
+from ..sharding.narrow import NarrowLosses
 from ..sharding.remat import recomputed
 from ..sharding.scripts import Programs
 from ..sharding.storage import placeholder
@@ -63,7 +65,8 @@ class Passage:
     called: int = 0  # blocks so far
     values: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    mode: Emulate | None = None
+    losses: NarrowLosses | None = None
+    watched: bool = False  # by modes of ours
     paused: list[TorchFunctionMode] | None = None
     draws: Forward | None = None
 
@@ -140,7 +143,7 @@ class StageRunner(nn.Module):
                 self._bind(passage, block)
             if self.step_plan is not None:
                 passage.jump(self.step_plan.randomness.before.get(index))
-            if passage.mode is not None:  # the step's script does not count what blocks do
+            if passage.watched:  # the step's modes do not see what blocks do
                 passage.paused = pause()
             args, kwargs = resolve((args, kwargs))
             for x in tree_leaves((args, kwargs)):
@@ -374,8 +377,10 @@ class StageRunner(nn.Module):
         """Return a forward that runs the module's own code under ``Emulate``."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            capture = self.passage.values.__setitem__ if self.passage is not None else None
-            with suspended(), obeying(script, self.axes, capture):
+            passage = self.passage
+            capture = passage.values.__setitem__ if passage is not None else None
+            losses = passage.losses if passage is not None else None
+            with suspended(), losses or nullcontext(), obeying(script, self.axes, capture):
                 return original(*args, **kwargs)
 
         return forward
@@ -449,9 +454,12 @@ class StageRunner(nn.Module):
         script = self.step_plan.programs.scripts.get("") if self.step_plan is not None else None
         mode: AbstractContextManager[Any] = nullcontext()
         if script is not None:
-            passage.mode = mode = obeying(script, self.axes, passage.values.__setitem__)
+            mode = obeying(script, self.axes, passage.values.__setitem__)
+        if self.at_end:
+            passage.losses = NarrowLosses(fused=self.plan.options.compile == "inductor")
+        passage.watched = self.at_end or script is not None
         try:
-            with self._alone(), mode:
+            with self._alone(), passage.losses or nullcontext(), mode:
                 try:
                     output = step(self.module, batch)
                 except BaseException:

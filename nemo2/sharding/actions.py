@@ -8,20 +8,13 @@ their forward; all others run under ``Emulate``, entered only for the modules th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import (
-    _len_torch_function_stack,
-    _pop_torch_function_stack,
-    _push_on_torch_function_stack,
-)
-from torch.overrides import TorchFunctionMode
 
 from ..errors import Nemo2Error
 from ..pipeline.absent import is_absent, name_of, user_line
@@ -32,6 +25,8 @@ from .collectives import Axis
 from .cross_entropy import cross_entropy
 from .dropout import Site, count, is_dropout, run_dropout
 from .layout import Layout
+from .modes import COMPOSITE, Watcher, is_marker
+from .narrow import entered
 
 Axes = Mapping[str, Axis]
 
@@ -264,7 +259,9 @@ def _cross_entropy(
     bound = dict(zip(names, args, strict=False)) | kwargs
     classes, tokens = action.value
     whole = classes is None
-    logits = bound["input"]
+    logits, losses = bound["input"], entered()
+    narrow = losses.narrowed(logits) if losses is not None else None
+    logits = logits if narrow is None else narrow
     return cross_entropy(
         logits,
         bound["target"],
@@ -277,6 +274,8 @@ def _cross_entropy(
         reduction=bound.get("reduction", "mean"),
         label_smoothing=bound.get("label_smoothing", 0.0),
         tokens=tuple((axes[name], layout) for name, layout in tokens),
+        wide=narrow is not None,
+        fused=losses is not None and losses.fused,
     )
 
 
@@ -317,34 +316,6 @@ class Script:
     def only_draws(self) -> bool:
         """Whether all that it changes is where dropout gets its numbers."""
         return not self.captures and all(a.kind == "dropout" for a in self.actions.values())
-
-
-class Watcher(TorchFunctionMode):
-    """A mode of ours that counts the torch calls of the user's code; see ``suspended``."""
-
-    def opened(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run a composite function so that this mode sees the calls that it is made of."""
-        functional: Any = F
-        check = functional.has_torch_function
-
-        def unseen(tensors: Any) -> bool:
-            functional.has_torch_function = check  # only the function's own, first question
-            return False
-
-        functional.has_torch_function = unseen
-        try:
-            with self:
-                return func(*args, **kwargs)
-        finally:
-            functional.has_torch_function = check
-
-
-def is_marker(func: Any) -> bool:
-    """Say whether a call only marks a range for the profiler; FSDP's hooks make such."""
-    return name_of(func).startswith("_record_function")
-
-
-COMPOSITE = (F.multi_head_attention_forward,)  # their parts have rules of their own
 
 
 class Emulate(Watcher):
@@ -449,33 +420,3 @@ def obeying(
 ) -> Emulate:
     """Return the mode under which the module of ``script`` runs."""
     return Keyed(script, axes) if script.only_draws else Emulate(script, axes, capture)
-
-
-@contextmanager
-def suspended() -> Iterator[None]:
-    """Leave our own torch-function modes, and no others, for the time of a block or module."""
-    removed = pause()
-    try:
-        yield
-    finally:
-        resume(removed)
-
-
-def pause() -> list[TorchFunctionMode]:
-    """Take our modes off the stack; returns the stack as it was, for ``resume``."""
-    before: list[TorchFunctionMode] = []
-    while _len_torch_function_stack():
-        before.append(_pop_torch_function_stack())
-    before.reverse()
-    for mode in before:
-        if not isinstance(mode, Watcher):
-            _push_on_torch_function_stack(mode)
-    return before
-
-
-def resume(before: list[TorchFunctionMode]) -> None:
-    """Put back what ``pause`` took off."""
-    while _len_torch_function_stack():
-        _pop_torch_function_stack()
-    for mode in before:
-        _push_on_torch_function_stack(mode)

@@ -137,7 +137,7 @@ class Buckets:
         entries = [e for b in self._buckets for e in b.entries]
         flags = [e.name in self._used for e in entries]
         flags += [e.compute.grad is not None for e in entries]
-        agreed = agree(flags, self.group, self.device)
+        agreed = agree(flags, self.group, self.device)()
         used, late = agreed[: len(entries)], agreed[len(entries) :]
         rest = {
             e.name: e.compute.grad if e.compute.grad is not None else torch.zeros_like(e.local)

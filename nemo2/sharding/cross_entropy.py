@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from nemo2.errors import ShardingError
 
 from .collectives import Axis, all_reduce, gather, outer_apart, padded, reduce, take
 from .layout import Layout
+from .modes import suspended
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     tokens: Sequence[tuple[Axis, Layout]] = (),
+    wide: bool = False,
+    fused: bool = False,
 ) -> Tensor:
     """Return what ``F.cross_entropy`` returns on the gathered logits, the same on every rank.
 
@@ -74,6 +78,9 @@ def cross_entropy(
         label_smoothing: in [0, 1], as in ``F.cross_entropy``.
         tokens: axes over which the tokens are split, with the target's layout; then the logits
             are those of this rank's tokens, and the target is that of all tokens.
+        wide: the loss is that of ``logits.float()``: float32, whatever the logits are.
+        fused: compile what runs over all logits, which it then reads twice and writes once (their
+            gradient). Not done with label smoothing.
 
     Returns:
         a replicated loss: zero-dimensional, or of the target's shape for "none".
@@ -98,7 +105,7 @@ def cross_entropy(
     dtype = torch.promote_types(logits.dtype, torch.float32)
     counted = valid.to(dtype) if weight is None else weight.to(dtype)[safe] * valid
     losses: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
-        logits, safe, valid, counted, weight, label_smoothing, classes
+        logits, safe, valid, counted, weight, label_smoothing, classes, fused
     )
     if reduction == "none":
         for axis, layout in reversed(tokens):
@@ -110,7 +117,7 @@ def cross_entropy(
             count = all_reduce(count, axis) if reduction == "mean" else count
         losses = losses / count if reduction == "mean" else losses
     autocast = torch.is_autocast_enabled(logits.device.type)  # there F.cross_entropy is float32
-    return losses if autocast else losses.to(logits.dtype)
+    return losses if autocast or wide else losses.to(logits.dtype)
 
 
 def take_targets(target: Tensor, layout: Layout, axis: Axis, ignored: int) -> Tensor:
@@ -141,19 +148,15 @@ class _Loss(torch.autograd.Function):
         weight: Tensor | None,
         smoothing: float,
         classes: _Classes,
+        fused: bool,
     ) -> Tensor:
         dim = classes.dim
-        top = logits.detach().amax(dim, keepdim=True).to(counted.dtype)
-        classes.all_reduce(top, dist.ReduceOp.MAX)
-        smooth = _smooth_weight(weight, smoothing, classes, top)
-        sums = top.new_empty((2 if smooth is None else 3, *top.shape))
-        for rows in _pieces(logits):
-            shifted = logits.detach()[rows].to(counted.dtype, copy=True).sub_(top[rows])
-            index, mine = _local(target[rows], classes)
-            sums[0][rows] = torch.where(mine, shifted.gather(dim, index), 0)
-            if smooth is not None:
-                sums[1][rows] = (shifted * smooth[0]).sum(dim, keepdim=True)
-            sums[-1][rows] = shifted.exp_().sum(dim, keepdim=True)
+        smooth = _smooth_weight(weight, smoothing, classes, counted.unsqueeze(dim))
+        ctx.fused = fused and smooth is None
+        if ctx.fused:
+            top, sums = _fused_sums(logits.detach(), target, classes)
+        else:
+            top, sums = _sums(logits.detach(), target, classes, smooth, counted.dtype)
         classes.all_reduce(sums, dist.ReduceOp.SUM)
         log_sum = sums[-1].log()
         loss = (1 - smoothing) * counted * (log_sum - sums[0]).squeeze(dim)
@@ -171,6 +174,10 @@ class _Loss(torch.autograd.Function):
         dim = classes.dim
         grad = torch.where(valid, grad, 0).unsqueeze(dim)  # also where a mean over nothing is nan
         hit = (1 - smoothing) * counted.unsqueeze(dim) * grad
+        if ctx.fused:
+            index, mine = _local(target, classes)
+            grads = _compiled(_gradient)(logits.detach(), log_norm, hit, index, mine, dim)
+            return grads, *[None] * 7
         smooth = _smooth_weight(weight, smoothing, classes, log_norm)
         grads = torch.empty_like(logits)
         for rows in _pieces(logits):
@@ -182,7 +189,71 @@ class _Loss(torch.autograd.Function):
                 out.mul_(hit[rows] + smooth[1] * grad[rows]).sub_(smooth[0] * grad[rows])
             out.scatter_add_(dim, index, torch.where(mine, -hit[rows], 0))
             grads[rows] = out
-        return grads, None, None, None, None, None, None
+        return grads, *[None] * 7
+
+
+def _sums(
+    logits: Tensor,
+    target: Tensor,
+    classes: _Classes,
+    smooth: tuple[Tensor | float, Tensor | float] | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return each token's largest logit, and, less that, sums over this rank's classes.
+
+    They are stacked: the own class's logit, the smooth part if asked for, the exponentials.
+    """
+    dim = classes.dim
+    top = logits.amax(dim, keepdim=True).to(dtype)
+    classes.all_reduce(top, dist.ReduceOp.MAX)
+    sums = top.new_empty((2 if smooth is None else 3, *top.shape))
+    for rows in _pieces(logits):
+        shifted = logits[rows].to(dtype, copy=True).sub_(top[rows])
+        index, mine = _local(target[rows], classes)
+        sums[0][rows] = torch.where(mine, shifted.gather(dim, index), 0)
+        if smooth is not None:
+            sums[1][rows] = (shifted * smooth[0]).sum(dim, keepdim=True)
+        sums[-1][rows] = shifted.exp_().sum(dim, keepdim=True)
+    return top, sums
+
+
+def _fused_sums(logits: Tensor, target: Tensor, classes: _Classes) -> tuple[Tensor, Tensor]:
+    """Return what ``_sums`` does without smoothing, by compiled kernels."""
+    index, mine = _local(target, classes)
+    own, local, total = _compiled(_totals)(logits, index, classes.dim)
+    top = classes.all_reduce(local.clone(), dist.ReduceOp.MAX)
+    own = torch.where(mine, own - top, 0)
+    total = torch.where(local == -torch.inf, 0 * top, total * (local - top).exp())
+    return top, torch.stack([own, total])
+
+
+def _totals(logits: Tensor, index: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the logit at ``index``, the largest, and the exponentials' sum less that."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    top = wide.amax(dim, keepdim=True)
+    return wide.gather(dim, index), top, (wide - top).exp().sum(dim, keepdim=True)
+
+
+def _gradient(
+    logits: Tensor, log_norm: Tensor, hit: Tensor, index: Tensor, mine: Tensor, dim: int
+) -> Tensor:
+    """Return the gradient of the logits; ``hit`` is that of each token's own class."""
+    shape = [1] * logits.dim()
+    shape[dim] = logits.shape[dim]
+    classes = torch.arange(logits.shape[dim], device=logits.device).view(shape)
+    grads = (logits.to(log_norm.dtype) - log_norm).exp() * hit
+    return torch.where((classes == index) & mine, grads - hit, grads).to(logits.dtype)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    compiled = torch.compile(function)
+
+    def run(*args: Any) -> Any:
+        with suspended():
+            return compiled(*args)
+
+    return run
 
 
 PIECE = 1 << 26  # logits that are widened at once

@@ -249,11 +249,12 @@ class DataParallelRun:
     def _forget_unused(self) -> None:
         """Leave no gradient where no rank had one."""
         entries = [e for e in self._split if e.trainable]
-        flags = agree(
-            [id(e.compute) in self._used for e in entries], self.groups.dp_cp, self.groups.device
-        )
-        for entry, used in zip(entries, flags, strict=True):
-            if not used:
+        used = [id(e.compute) in self._used for e in entries]
+        agreed = agree(used, self.groups.dp_cp, self.groups.device)
+        if all(used):
+            return
+        for entry, by_any in zip(entries, agreed(), strict=True):
+            if not by_any:
                 entry.compute.grad = None
 
 

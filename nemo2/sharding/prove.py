@@ -24,8 +24,9 @@ from ..pytree import tree_leaves, tree_unflatten
 from ..record import Recorder, is_leaf
 from ..record_calls import Setting
 from ..trace import Activation, Event, Trace, identity
-from .actions import COMPOSITE, Action, Fix, is_marker
+from .actions import Action, Fix
 from .layout import Sharding, local_shape
+from .modes import COMPOSITE, is_marker
 from .scripts import Programs, installable, needing, programs
 
 EVERYTHING = "*"  # what to blame when each run takes another path

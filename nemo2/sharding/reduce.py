@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -51,16 +51,23 @@ def all_reduce_together(tensors: Iterable[Tensor], group: ProcessGroup) -> None:
             x.copy_(part.view_as(x))
 
 
-def agree(flags: Sequence[bool], group: ProcessGroup, device: torch.device) -> list[bool]:
-    """Return for each flag whether it is set on any rank of ``group``.
+def agree(
+    flags: Sequence[bool], group: ProcessGroup, device: torch.device
+) -> Callable[[], list[bool]]:
+    """Ask for each flag whether it is set on any rank of ``group``; return what tells the answer.
+
+    Only who calls that waits for the device.
 
     Communication: one all-reduce of a byte per flag.
     """
     if not flags:
-        return []
-    everyone = torch.tensor(flags, dtype=torch.uint8).to(device)
+        return list
+    if all(flags):  # made on the device: a copy from the host would wait for it
+        everyone = torch.ones(len(flags), dtype=torch.uint8, device=device)
+    else:
+        everyone = torch.tensor(flags, dtype=torch.uint8).to(device)
     dist.all_reduce(everyone, op=dist.ReduceOp.MAX, group=group)
-    return [bool(flag) for flag in everyone.tolist()]
+    return lambda: [bool(flag) for flag in everyone.tolist()]
 
 
 def reduce_gradients(
@@ -90,13 +97,16 @@ def reduce_gradients(
             dist.all_reduce(grad, group=group)
 
 
-def scale_gradients(storage: Storage, scale: float) -> None:
-    """Multiply every gradient that a run left by ``scale``."""
-    if scale != 1.0:
-        trainable = [e for e in storage if e.trainable]
-        grads = [g for e in trainable if (g := gradient(e)) is not None]
-        if grads:
-            torch._foreach_mul_(grads, scale)
+def scale_gradients(storage: Storage, scale: Tensor) -> None:
+    """Multiply every gradient that a run left by ``scale``, a number on the device."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for entry in storage:
+        if entry.trainable and (grad := gradient(entry)) is not None:
+            by_dtype.setdefault(grad.dtype, []).append(grad)
+    for dtype, grads in by_dtype.items():
+        # In 16 bits a number on the host is rounded with the product only.
+        narrow = dtype in (torch.float16, torch.bfloat16)
+        torch._foreach_mul_(grads, float(scale) if narrow else scale.to(dtype))
 
 
 def _fill_unused(

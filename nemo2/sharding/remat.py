@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import Nemo2Error
 from ..pytree import tree_leaves
-from .actions import Axes, Watcher, pause, resume
+from .actions import Axes
 from .kept import Kept
+from .modes import Watcher, pause, resume
 
 
 def recomputed(forward: Callable[..., Any], kind: str, axes: Axes) -> Callable[..., Any]:
