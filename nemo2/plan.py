@@ -34,7 +34,7 @@ from .pipeline.stages import (
     stage_of,
 )
 from .places import Place, places
-from .planning import planning, run_step
+from .planning import planning, run_step, uncollected
 from .pytree import tree_map
 from .randomness import Randomness, key_dropout
 from .record import Recorder
@@ -293,6 +293,7 @@ def _indivisible(name: str, shape: tuple[int, ...], dim: int, tp: int) -> str:
     )
 
 
+@uncollected()
 def plan_step(
     plan: Plan,
     model: nn.Module,

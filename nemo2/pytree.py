@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import optree
+import torch
 from torch import Tensor
 
 NAMESPACE = "nemo2"
@@ -25,6 +26,16 @@ def tree_leaves(tree: Any) -> list[Any]:
 
 def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
     """Return the leaves of ``tree``, ``None`` included, and its structure."""
+    if _is_leaf(tree):
+        return [tree], _leaf_spec()
+    if type(tree) is tuple and len(tree) == 2 and type(tree[1]) is dict and not tree[1]:
+        args = tree[0]  # that of a call, mostly
+        if type(args) is tuple and all(_is_leaf(x) for x in args):
+            return list(args), _call_spec(len(args))
+    return _flatten(tree)
+
+
+def _flatten(tree: Any) -> tuple[list[Any], Any]:
     while True:
         leaves, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
         new = {type(x) for x in leaves if _is_container(x)}
@@ -34,6 +45,28 @@ def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
             _register(cls)
 
 
+def _is_leaf(x: Any) -> bool:
+    """Say whether ``x`` is a leaf to optree, whatever is registered."""
+    cls: Any = type(x)
+    return _is_leaf_type(cls)
+
+
+@lru_cache(maxsize=1024)
+def _is_leaf_type(cls: type) -> bool:
+    return issubclass(cls, (Tensor, int, float, str, torch.dtype, torch.device, type(None)))
+
+
+@cache
+def _leaf_spec() -> Any:
+    return _flatten(0)[1]
+
+
+@cache
+def _call_spec(count: int) -> Any:
+    """Return the structure of the arguments of a call, ``count`` leaves by position."""
+    return _flatten(((0,) * count, {}))[1]
+
+
 def tree_unflatten(spec: Any, leaves: Iterable[Any]) -> Any:
     """Return the tree of structure ``spec`` with ``leaves``."""
     return optree.tree_unflatten(spec, leaves)
@@ -41,6 +74,8 @@ def tree_unflatten(spec: Any, leaves: Iterable[Any]) -> Any:
 
 def tree_map(func: Callable[[Any], Any], tree: Any) -> Any:
     """Return ``tree`` with ``func`` applied to each leaf, ``None`` included."""
+    if _is_leaf(tree):
+        return func(tree)
     leaves, spec = tree_flatten(tree)
     return optree.tree_unflatten(spec, [func(x) for x in leaves])
 

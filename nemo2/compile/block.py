@@ -46,6 +46,7 @@ class CompiledBlock:
         forward: what runs eagerly, and is traced.
         backend: ``"inductor"`` or ``"aot_eager"``.
         told: why blocks run eagerly, as far as the user was told.
+        stale: whether the numbers that its modules hold may have changed since it was called.
         selective: keep only matrix products and sums for backward (``remat="selective"``).
     """
 
@@ -68,6 +69,7 @@ class CompiledBlock:
         self._by_scalars: dict[Any, dict[Any, _Variant]] = {}
         self._restless: dict[Any, _Variant] = {}
         self._slots: Slots | None = None
+        self.stale = True  # a step has begun since it was called
 
     @property
     def state(self) -> str:
@@ -76,7 +78,7 @@ class CompiledBlock:
         whys = sorted({v.why for variants in made for v in variants.values()})
         return "; ".join(w or "compiled" for w in whys) or "not called yet"
 
-    def refresh(self) -> None:
+    def _refresh(self) -> None:
         """Take up what was compiled for the numbers that its modules hold now."""
         now = tuple(tuple(held.items()) for held in scalars(self.block))
         if now not in self._by_scalars and len(self._by_scalars) >= VARIANTS:
@@ -87,6 +89,9 @@ class CompiledBlock:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._slots is None:
             self._slots = Slots(self.block)
+        if self.stale:
+            self._refresh()
+            self.stale = False
         leaves, spec = tree_flatten((args, kwargs))
         held = self._slots.read()
         key = (spec, _key(leaves), _key(held), _switches(held))

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, TypeGuard
 
 import torch
@@ -164,6 +165,7 @@ def resolve(tree: Any) -> Any:
     )
 
 
+@lru_cache(maxsize=4096)
 def name_of(func: Callable[..., Any]) -> str:
     """Return one name for one torch operation: ``add``, ``shape``, ``__getitem__``."""
     name = getattr(func, "__name__", type(func).__name__)
@@ -173,6 +175,7 @@ def name_of(func: Callable[..., Any]) -> str:
     return str(name)
 
 
+@lru_cache(maxsize=4096)
 def is_inplace(name: str) -> bool:
     return (
         name == "__setitem__"

@@ -246,7 +246,7 @@ class StageRunner(nn.Module):
             if self.plan.options.compile is not None:
                 self._install_compiled(self.plan.options.compile)
         for block in self.compiled.values():
-            block.refresh()
+            block.stale = True
 
     def _install_all(self, step_plan: StepPlan) -> None:
         for name, action in step_plan.programs.installed.items():

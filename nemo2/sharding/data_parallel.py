@@ -14,8 +14,11 @@ from ..mesh.groups import MeshGroups
 from ..plan import Plan
 from ..pytree import tree_leaves
 from .buckets import Buckets
+from .modes import suspended
 from .reduce import agree
 from .storage import Storage
+
+AHEAD = 2  # blocks that are gathered before the first runs
 
 
 class DataParallelRun:
@@ -24,7 +27,7 @@ class DataParallelRun:
     FSDP2 expects that all ranks use the same parameters in the same order. Here gradients are
     reduced in one order whatever a rank uses: the blocks last to first, then what is outside of
     them; what this rank has not used is zeros. Parameters that are kept for the step are
-    gathered before it, so a rank may skip blocks.
+    gathered in one order, before anything else of it, so a rank may skip blocks.
     """
 
     def __init__(
@@ -46,6 +49,12 @@ class DataParallelRun:
         self._kept = self._keeps = plan.options.data_parallel.keeps(
             plan.sizes, plan.options.pipeline
         )
+        self._ungathered: list[Any] = []  # of what is kept for the step
+        # The first blocks run while the host asks for the others, on ranks that skip them, too.
+        for i, module in enumerate(self._managed[:-1]):
+            module.register_forward_hook(self._gather_the_rest)
+            if i >= AHEAD:
+                module.register_forward_pre_hook(self._gather_the_rest, prepend=True)
         self._training = False
         self._used: set[int] = set()  # the split parameters that had a gradient, by id
         self._units: list[Any] = []  # FSDP2's groups of parameters, in the order of reductions
@@ -87,17 +96,30 @@ class DataParallelRun:
         self._keeps = self._kept or frees
         with self._without_freeing() if frees else self._as_made():
             if self._keeps and self._plan.sizes.pp == 1:
-                for module in (*self._managed[-1:], *self._managed[:-1]):
-                    module.unshard(async_op=True)
+                self._ungathered = [*self._managed[-1:], *self._managed[:-1]]
+                self._gather(1 + AHEAD)
             if self._training:
                 self._buckets.begin()
                 self._listen(True)
             yield
+            self._gather()
             if self._training and self._managed:
                 self._reduce_the_rest()
         if self._training:
             self._buckets.finish()
             self._forget_unused()
+
+    def _gather(self, count: int | None = None) -> None:
+        """Start to gather what is kept for the step, or the first few of it, in one order."""
+        count = len(self._ungathered) if count is None else count
+        now, self._ungathered = self._ungathered[:count], self._ungathered[count:]
+        for module in now:
+            module.unshard(async_op=True)
+
+    def _gather_the_rest(self, *_: Any) -> None:
+        if self._ungathered:
+            with suspended():  # the user's code runs under modes of ours
+                self._gather()
 
     @contextmanager
     def holding(self) -> Iterator[None]:
@@ -147,6 +169,7 @@ class DataParallelRun:
             yield
         finally:
             self._listen(False)
+            self._ungathered = []
             for unit in self._units:
                 unit.wait_for_unshard()
             for module in self._managed:
@@ -174,6 +197,7 @@ class DataParallelRun:
         original = unit.post_backward
 
         def reduce(*args: Any) -> None:
+            self._gather_the_rest()
             for param in unit.fsdp_params:
                 self._complete(param)
             self._waiting.discard(index)
