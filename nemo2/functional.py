@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import Nemo2Error
+from .limits import check_parallel
 
 if TYPE_CHECKING:
     from .model import ParallelModel
@@ -38,6 +39,8 @@ def value_and_grad(
     """
 
     from .sharding.reduce import gradient
+
+    check_parallel(model, "value_and_grad")
 
     def fn(params: Mapping[str, Tensor], batch: Any, *, step: int = 0) -> Any:
         with _using(model, params):

@@ -1,10 +1,12 @@
-"""What a step may not do on its mesh: refused when it is planned, on all ranks alike."""
+"""What is refused before anything runs: a step that its mesh does not allow, what is no model."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .errors import PipelineError
+from torch import nn
+
+from .errors import Nemo2Error, PipelineError
 from .pipeline.stages import crossings, stage_of
 from .trace import Trace
 
@@ -70,4 +72,36 @@ def _check_router(plan: Plan, trace: Trace) -> None:
             f" mean of {parts} parts (dp={plan.sizes.dp}, cp={plan.sizes.cp},"
             f" microbatches={plan.options.pipeline.microbatches}) is not that of the whole batch\n"
             "  options: output_router_logits=False | dp=1, cp=1 and one microbatch"
+        )
+
+
+def check_module(model: Any, asked: str) -> None:
+    """Refuse what is no module of one device; ``asked`` is the function that was given it."""
+    from .model import ParallelModel
+
+    if isinstance(model, ParallelModel):
+        raise Nemo2Error(
+            f"{asked}: this model is parallel already\n  options: pass the unsplit module"
+        )
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise Nemo2Error(
+            f"{asked}: the model must be an nn.Module, it is {got}\n"
+            f"  options: {asked}(Model(...), ...)"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise Nemo2Error(
+            f"{asked}: this model was compiled by torch.compile before\n"
+            "  options: the plain module and parallelize(..., compile=True)"
+        )
+
+
+def check_parallel(model: Any, asked: str) -> None:
+    """Refuse what ``parallelize`` has not made; ``asked`` is the function that was given it."""
+    from .model import ParallelModel
+
+    if not isinstance(model, ParallelModel):
+        raise Nemo2Error(
+            f"{asked}: the model must come from nemo2.parallelize, it is a {type(model).__name__}\n"
+            f"  options: {asked}(loss_fn, nemo2.parallelize(model, mesh))"
         )

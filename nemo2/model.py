@@ -301,6 +301,11 @@ class ParallelModel(nn.Module):
                 f"backward(loss_fn, batch): loss_fn is a {type(loss_fn).__name__}, no function\n"
                 "  options: model.backward(lambda model, batch: ..., batch)"
             )
+        if torch.is_inference_mode_enabled():
+            raise Nemo2Error(
+                "backward inside of torch.inference_mode, whose tensors have no gradients\n"
+                "  options: call it outside | model(...) for a forward"
+            )
         for entry in self.storage:
             entry.compute.grad = None
         losses = Losses(loss_fn, has_aux, self.groups.sizes.cp)

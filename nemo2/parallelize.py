@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .errors import Nemo2Error
+from .limits import check_module
 from .mesh.groups import MeshGroups, replica_mesh, stage_group
 from .options import Pipeline
 from .places import places
@@ -123,23 +124,7 @@ def _seed(groups: MeshGroups) -> int:
 
 def _check_arguments(model: Any, mesh: Any) -> None:
     """Refuse what is no module of one device, or no mesh of processes."""
-    from .model import ParallelModel
-
-    if isinstance(model, ParallelModel):
-        raise Nemo2Error(
-            "parallelize: this model is parallel already\n  options: pass the unsplit module"
-        )
-    if not isinstance(model, nn.Module):
-        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-        raise Nemo2Error(
-            f"parallelize(model, mesh): model must be an nn.Module, it is {got}\n"
-            "  options: parallelize(Model(...), nemo2.make_mesh(tp=2))"
-        )
-    if hasattr(model, "_orig_mod"):
-        raise Nemo2Error(
-            "parallelize: this model was compiled by torch.compile before\n"
-            "  options: the plain module and parallelize(..., compile=True)"
-        )
+    check_module(model, "parallelize")
     if not isinstance(mesh, DeviceMesh):
         raise Nemo2Error(
             f"parallelize(model, mesh): mesh must be a DeviceMesh, it is {type(mesh).__name__}\n"

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .edges import check_blocks, context_entries, exits_needed, shared_gathers
 from .errors import Nemo2Error, ShardingError
 from .lengths import find_lengths
-from .limits import check_limits, check_same_path
+from .limits import check_limits, check_module, check_same_path
 from .mesh.sizes import MeshSizes
 from .options import Options
 from .pipeline.absent import Absent
@@ -172,6 +172,7 @@ def plan(
     >>> nemo2.plan(net, "tp=2").param("weight").local_shape
     (4, 4)
     """
+    check_module(model, "plan")
     sizes = MeshSizes.of(mesh)
     options.pop("inplace", None)
     resolved = Options.resolve(sizes, **options)

@@ -21,6 +21,7 @@ from torch.utils import checkpoint
 
 from .errors import Nemo2Error, PipelineError
 from .functional import global_norm, value_and_grad
+from .limits import check_module
 from .mesh import MeshSizes, make_mesh
 from .options import Options
 from .parallelize import parallelize
@@ -160,7 +161,9 @@ class _Job:
     def run(self, mesh: DeviceMesh) -> Report:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = _widest(self.build(), self.dtype)
+            model = self.build()
+            check_module(model, "verify")
+            model = _widest(model, self.dtype)
         if self.rules is not None:
             annotate(model, self.rules)
         parallel = parallelize(model, mesh, **self.options)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import PipelineError
 from ..pytree import tree_map
 from ..sharding.dropout import Forward
-from .absent import to_meta
+from .absent import is_absent, to_meta
 from .stages import StagePlan
 
 if TYPE_CHECKING:
@@ -35,10 +35,16 @@ class Losses:
 
     def check(self, planned: Any) -> None:
         """Refuse, on all ranks alike, what the planned step returned and ``take`` will not."""
-        planned = to_meta(planned)
         if self.has_aux and isinstance(planned, tuple) and len(planned) == 2:
             planned = planned[0]
-        checked_loss(planned)
+        checked_loss(to_meta(planned))
+        loss = planned[0] if isinstance(planned, tuple) else planned
+        if not (loss.needs_grad if is_absent(loss) else loss.requires_grad):
+            raise PipelineError(
+                "loss_fn returned a loss without a gradient: it depends on no trainable parameter,"
+                " or was detached\n"
+                "  options: leave out .detach() and torch.no_grad() | model(...) for a forward"
+            )
 
     def take(self, result: Any) -> Tensor:
         if self.has_aux:
