@@ -455,9 +455,10 @@ class StageRunner(nn.Module):
         mode: AbstractContextManager[Any] = nullcontext()
         if script is not None:
             mode = obeying(script, self.axes, passage.values.__setitem__)
-        if self.at_end:
-            passage.losses = NarrowLosses(fused=self.plan.options.compile == "inductor")
-        passage.watched = self.at_end or script is not None
+        fused = self.plan.options.compile == "inductor"
+        if self.at_end and (fused or script is not None):
+            passage.losses = NarrowLosses(fused=fused)
+        passage.watched = passage.losses is not None or script is not None
         try:
             with self._alone(), passage.losses or nullcontext(), mode:
                 try:

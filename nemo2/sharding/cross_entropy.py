@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from nemo2.errors import ShardingError
@@ -91,6 +92,8 @@ def cross_entropy(
     Raises: ShardingError for probabilities as target, or shapes that do not fit together.
     """
     classes = _Classes(group, rank, degree, vocab_size, dim=1 if logits.dim() > 1 else 0)
+    if not target.is_floating_point():
+        target = target.long()  # in uint8 no class is equal to an index of -100, but one seems so
     for axis, layout in tokens:
         target = take_targets(target, layout, axis, ignore_index)
     _check(logits, target, classes, weight)
@@ -101,7 +104,7 @@ def cross_entropy(
         (inside | ~valid).all(),
         f"cross_entropy: a target is neither in [0, {vocab_size}) nor ignore_index={ignore_index}",
     )
-    safe = torch.where(valid, target, 0).long()
+    safe = torch.where(valid, target, 0)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     counted = valid.to(dtype) if weight is None else weight.to(dtype)[safe] * valid
     losses: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
@@ -162,27 +165,31 @@ class _Loss(torch.autograd.Function):
         loss = (1 - smoothing) * counted * (log_sum - sums[0]).squeeze(dim)
         if smooth is not None:
             loss += (smooth[1] * log_sum - sums[1]).squeeze(dim)
-        ctx.save_for_backward(logits, top + log_sum, target, valid, counted, weight)
+        ctx.save_for_backward(logits, top, log_sum, target, valid, counted, weight)
         ctx.smoothing, ctx.classes = smoothing, classes
         return torch.where(valid, loss, 0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits, log_norm, target, valid, counted, weight = ctx.saved_tensors
+        logits, top, log_sum, target, valid, counted, weight = ctx.saved_tensors
         smoothing, classes = ctx.smoothing, ctx.classes
+        if torch.is_grad_enabled():  # create_graph=True
+            with suspended():
+                again = _again(logits, target, valid, counted.dtype, weight, smoothing, classes)
+                return *torch.autograd.grad(again, logits, grad, create_graph=True), *[None] * 7
         dim = classes.dim
         grad = torch.where(valid, grad, 0).unsqueeze(dim)  # also where a mean over nothing is nan
         hit = (1 - smoothing) * counted.unsqueeze(dim) * grad
         if ctx.fused:
             index, mine = _local(target, classes)
-            grads = _compiled(_gradient)(logits.detach(), log_norm, hit, index, mine, dim)
+            grads = _compiled(_gradient)(logits.detach(), top, log_sum, hit, index, mine, dim)
             return grads, *[None] * 7
-        smooth = _smooth_weight(weight, smoothing, classes, log_norm)
+        smooth = _smooth_weight(weight, smoothing, classes, top)
         grads = torch.empty_like(logits)
         for rows in _pieces(logits):
             index, mine = _local(target[rows], classes)
-            out = logits[rows].to(counted.dtype, copy=True).sub_(log_norm[rows]).exp_()
+            out = logits[rows].to(counted.dtype, copy=True)
+            out.sub_(top[rows]).sub_(log_sum[rows]).exp_()
             if smooth is None:
                 out.mul_(hit[rows])
             else:
@@ -190,6 +197,33 @@ class _Loss(torch.autograd.Function):
             out.scatter_add_(dim, index, torch.where(mine, -hit[rows], 0))
             grads[rows] = out
         return grads, *[None] * 7
+
+
+def _again(
+    logits: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    dtype: torch.dtype,
+    weight: Tensor | None,
+    smoothing: float,
+    classes: _Classes,
+) -> Tensor:
+    """Return the loss of each token by torch's own operations, which can be differentiated twice.
+
+    Raises: ShardingError where classes are split.
+    """
+    if classes.degree > 1:
+        raise ShardingError(
+            f"second derivatives of cross_entropy on logits split over {classes.degree} ranks are"
+            " not built\n  options: leave out create_graph=True | tp=1"
+        )
+    return F.cross_entropy(
+        logits.to(dtype),
+        torch.where(valid, target, -100),
+        None if weight is None else weight.to(dtype),
+        reduction="none",
+        label_smoothing=smoothing,
+    )
 
 
 def _sums(
@@ -235,13 +269,19 @@ def _totals(logits: Tensor, index: Tensor, dim: int) -> tuple[Tensor, Tensor, Te
 
 
 def _gradient(
-    logits: Tensor, log_norm: Tensor, hit: Tensor, index: Tensor, mine: Tensor, dim: int
+    logits: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
+    hit: Tensor,
+    index: Tensor,
+    mine: Tensor,
+    dim: int,
 ) -> Tensor:
     """Return the gradient of the logits; ``hit`` is that of each token's own class."""
     shape = [1] * logits.dim()
     shape[dim] = logits.shape[dim]
     classes = torch.arange(logits.shape[dim], device=logits.device).view(shape)
-    grads = (logits.to(log_norm.dtype) - log_norm).exp() * hit
+    grads = (logits.to(top.dtype) - top - log_sum).exp() * hit
     return torch.where((classes == index) & mine, grads - hit, grads).to(logits.dtype)
 
 

@@ -5,7 +5,7 @@ for each logit, and its gradient passes through float32 copies of all logits: th
 many trainings. The last stage of a step runs under ``NarrowLosses``, which knows of each float32
 copy whose it is. The copy is made all the same and any use of it is as ever. ``F.cross_entropy`` of
 it is computed in float32 from the 16-bit logits, whose gradient it gives: the same numbers, but
-that gradients of several uses of one copy are added in 16 bits.
+that its gradient is rounded to 16 bits before that of other uses of the copy is added.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import Nemo2Error
+from ..pipeline.absent import name_of
 from ..pytree import tree_leaves
 from .cross_entropy import cross_entropy
 from .modes import Watcher
@@ -40,22 +41,27 @@ _VIEWS: dict[Any, Callable[..., Tensor]] = {
     Tensor.contiguous: Tensor.contiguous,
     Tensor.__getitem__: Tensor.__getitem__,
 }
-_HOOKS = (Tensor.register_hook, Tensor.retain_grad)
-_OUT_OF_SIGHT = (Tensor.data.__get__, Tensor.numpy, Tensor.__dlpack__, Tensor.set_)  # type: ignore[attr-defined]
+# What asks for a tensor's gradient or its node, and for memory whose writes are not counted.
+_GRADIENT = {"register_hook", "retain_grad", "grad_fn", "grad", "backward"}
+_MEMORY = {"numpy", "__array__", "__dlpack__", "untyped_storage", "storage", "set_", "data.__set__"}
 
 
 @dataclass
 class _Origin:
-    """The 16-bit logits that a float32 copy is of."""
+    """The 16-bit logits that a float32 copy is of, and what they were when it was made."""
 
     logits: Tensor
     version: int
-    plain: bool = False  # something asks for gradients of the copy
+    memory: int
+    node: Any
+    plain: bool = False  # more is asked of the copy, or of the logits, than values
     used: bool = False  # a loss has read the logits in place of the copy
 
     @property
     def unchanged(self) -> bool:
-        return self.logits.requires_grad and self.logits._version == self.version
+        x = self.logits
+        same = x._version == self.version and x.data_ptr() == self.memory
+        return same and x.requires_grad and x.grad_fn is self.node
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,14 @@ class _Copy:
 
     origin: _Origin
     version: int
-    views: tuple[tuple[Callable[..., Tensor], Any, Any], ...]
+    memory: int
+    views: tuple[tuple[Callable[..., Tensor], tuple[Any, ...]], ...] = ()
 
     def narrow(self) -> Tensor:
         """Return the 16-bit logits that have the same values."""
         x = self.origin.logits
-        for view, args, kwargs in self.views:
-            x = view(x, *args, **kwargs)
+        for view, args in self.views:
+            x = view(x, *args)
         return x
 
 
@@ -82,13 +89,14 @@ class NarrowLosses(Watcher):
             ``nemo2`` in any case are changed, as those of split logits: torch's own are faster.
 
     Raises: Nemo2Error where the user's code asks, after such a loss, for the gradient of the copy,
-        or for its memory or that of the logits.
+        or for memory of the logits whose writes torch does not count.
     """
 
     def __init__(self, *, fused: bool) -> None:
         super().__init__()
         self.fused = fused
         self._copies: Any = WeakTensorKeyDictionary()  # of each copy that the user still has
+        self._read: list[_Origin] = []  # those that losses have read
 
     def __enter__(self) -> NarrowLosses:
         _entered.append(self)
@@ -113,8 +121,12 @@ class NarrowLosses(Watcher):
             loss = self._loss(*args, **kwargs)
             if loss is not None:
                 return loss
-        if func in _HOOKS or func in _OUT_OF_SIGHT or func is torch.autograd.grad:
-            self._seen_through(func, tree_leaves((args, kwargs)))
+        if self._copies or self._read:
+            name = name_of(func)
+            if name == "data" and self._concerns(args[0]):
+                return args[0].detach()  # whose writes are counted, unlike those into ``x.data``
+            if name in _GRADIENT or name in _MEMORY:
+                self._note(name, tree_leaves((args, kwargs)))
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) and out.dtype == torch.float32:
             copy = self._copied(func, args, kwargs, out)
@@ -123,13 +135,19 @@ class NarrowLosses(Watcher):
         return out
 
     def narrowed(self, x: Tensor) -> Tensor | None:
-        """Return 16-bit logits with the values of ``x``, to which its gradient can go; or None."""
+        """Return 16-bit logits with the values of ``x``, to which its gradient can go; or None.
+
+        Once for each copy: what several losses add would else be added in 16 bits.
+        """
         copy = self._known(x)
-        if copy is None or copy.origin.plain or not x.requires_grad:
+        if copy is None or copy.origin.plain or copy.origin.used:
+            return None
+        if not x.requires_grad or not torch.is_grad_enabled() or _is_transformed():
             return None
         if _top_saved_tensors_default_hooks(True) is not None:  # a checkpoint counts what is saved
             return None
         copy.origin.used = True
+        self._read.append(copy.origin)
         return copy.narrow()
 
     def _copied(
@@ -137,37 +155,50 @@ class NarrowLosses(Watcher):
     ) -> _Copy | None:
         """Return what ``out`` is a float32 copy of, if it is one or a view of one."""
         x = args[0] if args else None
-        if not isinstance(x, Tensor) or not out.requires_grad:
+        if not isinstance(x, Tensor) or not out.requires_grad or _is_transformed():
             return None
-        if widens(func, args, kwargs):
-            return _Copy(_Origin(x, x._version), out._version, ()) if _suits(x) else None
-        if func not in _VIEWS:
+        if widens(func, args, kwargs) and _suits(x):
+            origin = _Origin(x, x._version, x.data_ptr(), x.grad_fn)
+            return _Copy(origin, out._version, out.data_ptr())
+        if func not in _VIEWS or kwargs:
             return None
-        given = tree_leaves((args[1:], kwargs))
-        copy = self._known(x)
-        if copy is None or any(isinstance(y, (Tensor, torch.dtype)) for y in given):
+        copy, given = self._known(x), _literals(args[1:])
+        # A list as an index may take an element twice.
+        given = None if func is Tensor.__getitem__ and _has_list(args[1]) else given
+        if copy is None or given is None or copy.origin.plain:
             return None
-        return _Copy(copy.origin, out._version, (*copy.views, (_VIEWS[func], args[1:], kwargs)))
+        # Small parts would keep the memory of all logits.
+        stored = copy.origin.logits.untyped_storage().nbytes() // copy.origin.logits.element_size()
+        if 2 * out.numel() < stored:
+            return None
+        views = (*copy.views, (_VIEWS[func], given))
+        return _Copy(copy.origin, out._version, out.data_ptr(), views)
 
     def _known(self, x: Tensor) -> _Copy | None:
         """Return what is known of ``x``, if neither it nor the logits were written to since."""
         copy: _Copy | None = self._copies.get(x) if type(x) is Tensor else None
-        if copy is None or copy.version != x._version or not copy.origin.unchanged:
+        if copy is None or (copy.version, copy.memory) != (x._version, x.data_ptr()):
             return None
-        return copy
+        return copy if copy.origin.unchanged else None
 
-    def _seen_through(self, func: Callable[..., Any], given: list[Any]) -> None:
+    def _concerns(self, x: Any) -> bool:
+        """Say whether ``x`` shares memory with a copy, or with logits."""
+        ours = [*self._copies.keys()]
+        ours += [copy.origin.logits for copy in self._copies.values()]
+        ours += [origin.logits for origin in self._read]
+        return type(x) is Tensor and any(_shared(x, y) for y in ours)
+
+    def _note(self, name: str, given: list[Any]) -> None:
         """Leave copies alone of which more is asked than values; too late is an error."""
         for x in (x for x in given if type(x) is Tensor):
-            for other, copy in self._copies.items():
-                shared = _shared(x, other)
-                if func in _OUT_OF_SIGHT:
-                    shared = shared or _shared(x, copy.origin.logits)
-                if not shared:
-                    continue
-                copy.origin.plain = True
-                if copy.origin.used:
-                    raise _too_late(func, copy.origin.logits)
+            for other, copy in list(self._copies.items()):
+                if _shared(x, other) or (name in _MEMORY and _shared(x, copy.origin.logits)):
+                    copy.origin.plain = True
+                    if copy.origin.used and name in _GRADIENT:
+                        raise _too_late(name, copy.origin.logits)
+            for origin in self._read if name in _MEMORY else ():
+                if _shared(x, origin.logits):
+                    raise _too_late(name, origin.logits)
 
     def _loss(
         self,
@@ -223,21 +254,50 @@ def widens(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
 
 
 def _suits(x: Tensor) -> bool:
-    """Say whether ``x`` is a large 16-bit tensor under autograd alone."""
-    if type(x) is not Tensor or x.dtype not in _NARROW or x.numel() < SMALLEST:
-        return False
-    transformed = peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    return x.requires_grad and not transformed
+    """Say whether ``x`` is a large 16-bit tensor with a gradient."""
+    large = x.numel() >= SMALLEST and x.device.type != "meta"
+    return type(x) is Tensor and x.dtype in _NARROW and x.requires_grad and large
+
+
+def _is_transformed() -> bool:
+    """Say whether a transform of torch.func, or forward-mode autograd, is running."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _literals(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Return copies of a view's arguments that nothing can change; None if it has others."""
+    kept: list[Any] = []
+    for x in args:
+        if isinstance(x, (tuple, list)):
+            inner = _literals(tuple(x))
+            if inner is None:
+                return None
+            kept.append(inner if isinstance(x, tuple) else list(inner))
+        elif isinstance(x, slice):
+            if any(type(y) not in (int, type(None)) for y in (x.start, x.stop, x.step)):
+                return None
+            kept.append(x)
+        elif type(x) in (int, type(None), type(...)):
+            kept.append(x)
+        else:
+            return None
+    return tuple(kept)
+
+
+def _has_list(x: Any) -> bool:
+    return isinstance(x, list) or (isinstance(x, tuple) and any(map(_has_list, x)))
 
 
 def _shared(x: Tensor, y: Tensor) -> bool:
-    return bool(x.untyped_storage()._cdata == y.untyped_storage()._cdata)
+    try:
+        return bool(x.untyped_storage()._cdata == y.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse, or in a transform
+        return False
 
 
-def _too_late(func: Callable[..., Any], logits: Tensor) -> Nemo2Error:
-    name = {Tensor.data.__get__: "data"}.get(func, func.__name__)  # type: ignore[attr-defined]
+def _too_late(name: str, logits: Tensor) -> Nemo2Error:
     return Nemo2Error(
-        f"'{name}' of a float32 copy of logits of shape {tuple(logits.shape)}, or on the logits,"
+        f"'{name}' of a float32 copy of logits of shape {tuple(logits.shape)}, or of the logits,"
         " after F.cross_entropy of the copy: with compile= the loss reads the 16-bit logits, so"
         " that the copy has no gradient and the logits must stay as they are\n"
         "  options: call it before the loss, which then is computed as it is written |"
