@@ -242,7 +242,7 @@ def module_hooked(x):
 
     module = Widen()
     warnings.filterwarnings("ignore", "Using a non-full backward hook")
-    module.register_backward_hook(lambda module, given, grads: (2 * grads[0],))
+    module.register_backward_hook(lambda module, given, grads: (2 * given[0],))
     x.module = module  # alive until backward
     return F.cross_entropy(module(x), labels())
 
