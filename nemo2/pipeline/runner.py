@@ -32,7 +32,7 @@ from ..sharding.collectives import Axis, gather
 from ..sharding.dropout import Forward
 from ..sharding.layout import AXES
 from ..sharding.modes import pause, resume, suspended
-from ..sharding.narrow import NarrowLosses
+from ..sharding.narrow import NarrowLosses, entered
 from ..sharding.remat import recomputed
 from ..sharding.scripts import Programs
 from ..sharding.storage import placeholder
@@ -65,7 +65,6 @@ class Passage:
     called: int = 0  # blocks so far
     values: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    losses: NarrowLosses | None = None
     watched: bool = False  # by modes of ours
     paused: list[TorchFunctionMode] | None = None
     draws: Forward | None = None
@@ -379,8 +378,8 @@ class StageRunner(nn.Module):
         def forward(*args: Any, **kwargs: Any) -> Any:
             passage = self.passage
             capture = passage.values.__setitem__ if passage is not None else None
-            losses = passage.losses if passage is not None else None
-            with suspended(), losses or nullcontext(), obeying(script, self.axes, capture):
+            losses = entered() or nullcontext()
+            with suspended(), losses, obeying(script, self.axes, capture):
                 return original(*args, **kwargs)
 
         return forward
@@ -456,11 +455,11 @@ class StageRunner(nn.Module):
         if script is not None:
             mode = obeying(script, self.axes, passage.values.__setitem__)
         fused = self.plan.options.compile == "inductor"
-        if self.at_end and (fused or script is not None):
-            passage.losses = NarrowLosses(fused=fused)
-        passage.watched = passage.losses is not None or script is not None
+        narrow = self.at_end and (fused or script is not None)
+        losses = NarrowLosses(fused=fused) if narrow else nullcontext()
+        passage.watched = narrow or script is not None
         try:
-            with self._alone(), passage.losses or nullcontext(), mode:
+            with self._alone(), losses, mode:
                 try:
                     output = step(self.module, batch)
                 except BaseException:

@@ -285,6 +285,7 @@ def _literals(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 def _has_list(x: Any) -> bool:
+    """Say whether an index has a list in it."""
     return isinstance(x, list) or (isinstance(x, tuple) and any(map(_has_list, x)))
 
 
