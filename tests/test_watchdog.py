@@ -23,11 +23,18 @@ from nemo2.mesh.watchdog import Patience, Watchdog
 mode, chosen, stale = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 if os.environ.get("NEMO2_TEST_DEVICE") == "cuda":
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    device = "cuda"
-    dist.init_process_group("cpu:gloo,cuda:nccl")
+    device, backend = "cuda", "cpu:gloo,cuda:nccl"
 else:
-    device = "cpu"
-    dist.init_process_group("gloo")
+    device, backend = "cpu", "gloo"
+if len(sys.argv) == 4:  # a launcher has made the store
+    dist.init_process_group(backend)
+else:
+    rank, world, port, server = map(int, sys.argv[4:])
+    server = server if rank == 0 else None
+    store = dist.TCPStore(
+        "127.0.0.1", port, world, rank == 0, wait_for_workers=False, master_listen_fd=server
+    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 rank = dist.get_rank()
 value = torch.ones(1000, device=device)
 dist.all_reduce(value)
@@ -79,23 +86,22 @@ class Ended:
 
 
 def start(mode: str, chosen: int, stale: float = 20.0) -> list[subprocess.Popen[str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(WORLD)}
-    if sys.platform == "linux":
-        common["GLOO_SOCKET_IFNAME"] = "lo"
-    command = [sys.executable, "-c", SCRIPT, mode, str(chosen), str(stale)]
-    return [
-        subprocess.Popen(
-            command,
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
+    """Start the ranks; rank 0's store listens on a socket made here, so no port is taken twice."""
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        command = [sys.executable, "-c", SCRIPT, mode, str(chosen), str(stale)]
+        return [
+            subprocess.Popen(
+                [*command, *map(str, (rank, WORLD, port, server.fileno()))],
+                env=os.environ | loopback | {"LOCAL_RANK": str(rank)},
+                pass_fds=[server.fileno()] if rank == 0 else [],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(WORLD)
+        ]
 
 
 def finish(ranks: list[subprocess.Popen[str]], seconds: float, skip: int = -1) -> list[Ended]:
