@@ -73,10 +73,19 @@ class Notes(L.Callback):
 
     def __init__(self, file: Path) -> None:
         self.file, self.begun = file, 0.0
+        self.saving: Any = None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._begin()
         self.write(began=trainer.global_step, pids=_gathered(os.getpid()))
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int
+    ) -> None:
+        saving = trainer.strategy._checkpoints._saving
+        if saving is not self.saving:
+            self.saving = saving
+            self.write(saved=trainer.global_step, **saving.seconds)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
@@ -182,6 +191,12 @@ def table(args: argparse.Namespace, lives: Sequence[list[dict[str, Any]]]) -> li
             f" first began; {statistics.median(other):.3f} s a step, those that a save begins"
             f" in {', '.join(f'{x:.3f}' for x in after)} s"
         )
+        lines += [
+            f"{mesh}: save at step {x['saved']}: waited {x['waited']:.2f} s for the one before,"
+            f" copied in {x['copied']:.2f} s"
+            for x in notes
+            if "saved" in x
+        ]
     first, then = ({x["step"]: x["loss"] for x in notes if "step" in x} for notes in lives)
     both = sorted({*first} & {*then})
     worst = max((abs(first[n] - then[n]) / abs(first[n]) for n in both), default=float("nan"))

@@ -42,8 +42,9 @@ def save(
         optimizer: of the model's parameters, or several.
         extra: plain data: numbers, texts, lists, tuples, dicts, small tensors, such as
             ``scheduler.state_dict()``. Rank 0's is saved.
-        asynchronous: only copy the tensors to host memory now, and write in the background. An
-            error there is raised by the next ``save`` or ``load``, or by ``wait``.
+        asynchronous: only copy the tensors to host memory now, which is kept for the next save,
+            and write in the background. An error there is raised by the next ``save`` or
+            ``load``, or by ``wait``.
 
     Returns:
         with ``format="dcp"`` the save, with ``wait()``; else None.

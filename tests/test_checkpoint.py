@@ -27,8 +27,11 @@ import nemo2
 from nemo2 import CheckpointError, DataParallel, Pipeline
 from nemo2.__main__ import main
 from nemo2.checkpoint import files
+from nemo2.checkpoint.host import HOST, HostMemory
 from nemo2.checkpoint.index import INDEX, Index
+from nemo2.checkpoint.shards import Shard
 from nemo2.checkpoint.storage import Reader, read_whole
+from nemo2.sharding.slices import Box
 from nemo2.sharding.storage import local_of
 from tests.models import Dropout, DropoutBlock, FusedBlock, next_token, token_ids
 
@@ -533,6 +536,56 @@ def test_what_is_saved_in_the_background_is_of_its_moment(tmp_path):
     other = small(2)
     nemo2.load(tmp_path / "a", other)
     assert equal(other, then)
+
+
+def test_background_saves_reuse_their_memory(tmp_path):
+    HOST.release()
+    model, optimizer = pair(1)
+    model.register_buffer("none", torch.empty(0, 3))
+    model.register_buffer("odd", torch.arange(7, dtype=torch.uint8))
+    stepped(model, optimizer)
+    first = nemo2.save(tmp_path / "a", model, optimizer=optimizer, asynchronous=True)
+    region = HOST._region
+    stepped(model, optimizer)
+    second = nemo2.save(tmp_path / "b", model, optimizer=optimizer, asynchronous=True)
+    assert HOST._region is region
+    assert first.done
+    second.wait()
+    assert {*second.seconds} == {"waited", "copied", "written"}
+    model.register_buffer("more", torch.randn(3, 1000))
+    nemo2.save(tmp_path / "c", model, optimizer=optimizer, asynchronous=True).wait()
+    assert HOST._region is not region
+    for name in "bc":
+        other, its = pair(2)
+        other.register_buffer("none", torch.empty(0, 3))
+        other.register_buffer("odd", torch.zeros(7, dtype=torch.uint8))
+        if name == "c":
+            other.register_buffer("more", torch.zeros(3, 1000))
+        nemo2.load(tmp_path / name, other, optimizer=its)
+        for key, value in other.state_dict().items():
+            assert torch.equal(value, model.state_dict()[key])
+    HOST.release()
+    assert HOST._region is None
+
+
+def test_memory_for_a_save_is_made_ahead():
+    memory = HostMemory()
+    held = [
+        torch.randn(5, 3, dtype=torch.float64),
+        torch.randn(()),
+        torch.ones(9, dtype=torch.bool),
+    ]
+    shards = [Shard(str(i), Box.whole(x.shape), x) for i, x in enumerate(held)]
+    memory.prepare(shards)
+    region = memory._region
+    copies = memory.copies(shards)
+    assert memory._region is region
+    assert all(torch.equal(c.held, x) for c, x in zip(copies, held, strict=True))
+    assert all(c.held.data_ptr() % 64 == 0 for c in copies)
+    memory.prepare(shards)  # there already: what is in it may be being written
+    memory.prepare([Shard("large", Box.whole((2**25,)), torch.empty(2**25))])
+    memory.release()  # while its pages may be in the making
+    assert all(torch.equal(c.held, x) for c, x in zip(copies, held, strict=True))
 
 
 def test_a_background_failure_is_told_once(tmp_path):

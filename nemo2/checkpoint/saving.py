@@ -24,6 +24,7 @@ from ..errors import CheckpointError
 from ..mesh.groups import MeshGroups
 from . import files
 from .agree import Problems
+from .host import HOST
 from .index import Index, Stored, TensorInfo, key_of, tensor_facts, tensor_info
 from .shards import Content, Shard
 from .storage import parts_missing
@@ -69,10 +70,15 @@ class Saving:
 
     Attributes:
         path: where the checkpoint will be, or is.
+        seconds: what this rank has spent: ``waited`` for the asynchronous save before, ``copied``
+            to host memory, and ``written``, which is there when this rank is done.
     """
 
-    def __init__(self, job: Job, groups: MeshGroups | None, asked: str) -> None:
+    def __init__(
+        self, job: Job, groups: MeshGroups | None, asked: str, waited: float = 0.0
+    ) -> None:
         self.path = job.path
+        self.seconds = {"waited": waited, "copied": 0.0}
         self._job, self._groups, self._asked = job, groups, asked
         self._given_up = threading.Event()
         self._failure: str | None = None
@@ -122,6 +128,7 @@ class Saving:
 
     def run(self) -> None:
         """Write now, as far as this rank is concerned."""
+        began = time.perf_counter()
         try:
             self._write()
         except Exception as error:
@@ -137,6 +144,8 @@ class Saving:
         finally:
             if self._job.lock is not None:
                 self._job.lock.close()
+            self._job = replace(self._job, content=Content())  # the tensors' memory is free again
+            self.seconds["written"] = time.perf_counter() - began
         with self._lock:
             self._ended = True
         for act in self._after if self._failure is None else ():
@@ -145,9 +154,10 @@ class Saving:
 
     def start(self) -> None:
         """Write in a thread, from copies of the tensors in host memory."""
-        content = self._job.content
-        staged = replace_shards(content, staged_shards(content.shards))
+        began, content = time.perf_counter(), self._job.content
+        staged = Content(content.tensors, HOST.copies(content.shards), content.optimizers)
         self._job = replace(self._job, content=staged)
+        self.seconds["copied"] = time.perf_counter() - began
         # Not a daemon: a program that ends without ``wait`` still completes its last save.
         self._thread = threading.Thread(target=self.run, name="nemo2-save", daemon=False)
         self._thread.start()
@@ -246,29 +256,6 @@ def merged(index: Index, everyone: Sequence[Mapping[str, Any]]) -> Index:
     written = {said["file"][0]: (said["file"][1], said["file"][2]) for said in everyone}
     own = [said["own"] for said in everyone]
     return replace(index, tensors=tensors, files=written, optimizers=optimizers, ranks=own)
-
-
-def staged_shards(shards: Sequence[Shard]) -> list[Shard]:
-    """Return the shards with copies of their tensors in host memory.
-
-    Pinned where they come from a GPU: so the copies overlap, and one wait is enough.
-    """
-    staged, cuda = [], False
-    for shard in shards:
-        on_gpu = shard.held.is_cuda
-        cuda = cuda or on_gpu
-        host = torch.empty(
-            shard.held.shape, dtype=shard.held.dtype, device="cpu", pin_memory=on_gpu
-        )
-        host.copy_(shard.held, non_blocking=on_gpu)
-        staged.append(replace(shard, held=host))
-    if cuda:
-        torch.cuda.synchronize()
-    return staged
-
-
-def replace_shards(content: Content, shards: list[Shard]) -> Content:
-    return Content(content.tensors, shards, content.optimizers)
 
 
 def _entry(shard: Shard) -> files.Entry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,9 @@ def save_training(
     groups = target.groups
     asked = f"cannot save {type(target.module).__name__} to '{path}'"
     problems = Problems(asked, groups)
+    began = time.perf_counter()
     problems.failures += failures_of_last()
+    waited = time.perf_counter() - began
     content, shared, own, lock = Content(), None, None, None
     token = secrets.token_hex(6)
     with problems.caught():
@@ -93,7 +96,7 @@ def save_training(
         raise
     aliases = {item.name: list(item.names[1:]) for item in target.items if len(item.names) > 1}
     index = Index(place, token, {}, aliases, mesh=mesh_of(target), run=_run(target), extra=shared)
-    saving = Saving(Job(place, index, content, own, rank, world, lock), groups, asked)
+    saving = Saving(Job(place, index, content, own, rank, world, lock), groups, asked, waited)
     if asynchronous:
         saving.start()
         _latest.append(saving)

@@ -7,6 +7,7 @@ or, of hyperparameters, left out with a warning, because nothing goes on from th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from torch.utils.data import DataLoader
 
 from ..checkpoint import files
 from ..checkpoint.agree import Problems
+from ..checkpoint.host import HOST
 from ..checkpoint.index import Index
 from ..checkpoint.plain import decode, encode
 from ..checkpoint.restoring import load_training
 from ..checkpoint.saving import Saving
-from ..checkpoint.shards import OWN_OPTIONS
+from ..checkpoint.shards import OWN_OPTIONS, content_of
 from ..checkpoint.target import target_of
 from ..checkpoint.training import Extra, save_training
 from ..errors import CheckpointError
@@ -73,8 +75,19 @@ class Checkpoints:
     def __init__(self, asynchronous: bool) -> None:
         self.asynchronous, self.failed = asynchronous, False
         self._saving: Saving | None = None
+        self._prepared = False
         self._positions: list[Any] = []  # of the training dataloaders
         self._generators: dict[str, Any] = {}
+
+    def prepare(
+        self, parallel: ParallelModel, optimizers: Sequence[Optimizer | LightningOptimizer]
+    ) -> None:
+        """Get host memory for the first save ahead of it, once optimizers have their state."""
+        if self.asynchronous and not self._prepared:
+            self._prepared = True
+            with suppress(CheckpointError):  # the save itself says so, on all ranks
+                plain = [_plain(o) for o in optimizers]
+                HOST.prepare(content_of(target_of(parallel), plain).shards)
 
     def save(
         self,
@@ -173,12 +186,13 @@ class Checkpoints:
         Communication: one all-gather of objects over the world, if there was one.
         """
         saving, failed = self._saving, self.failed
-        self._saving, self.failed = None, False
+        self._saving, self.failed, self._prepared = None, False, False
         if saving is not None and failed:
             saving.give_up()
             saving.join()
         elif saving is not None and self.asynchronous:
             saving.wait()
+        HOST.release()
 
 
 def has_trainer_state(index: Index, *, fitting: bool) -> bool:

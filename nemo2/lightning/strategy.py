@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -317,6 +317,13 @@ class MegatronStrategy(ParallelStrategy):
         assert module is not None
         with self._guarded(module.trainer.global_step):
             return evaluation_step(self.parallel_model, name, batch, args)
+
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        output = super().optimizer_step(optimizer, closure, *args, **kwargs)
+        self._checkpoints.prepare(self.parallel_model, self.optimizers)
+        return output
 
     @contextmanager
     def _guarded(self, step: int) -> Iterator[None]:
