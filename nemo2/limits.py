@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .errors import Nemo2Error, PipelineError
 from .pipeline.stages import crossings, stage_of
+from .pytree import tree_map
 from .trace import Trace
 
 if TYPE_CHECKING:
@@ -104,4 +106,35 @@ def check_parallel(model: Any, asked: str) -> None:
         raise Nemo2Error(
             f"{asked}: the model must come from nemo2.parallelize, it is a {type(model).__name__}\n"
             f"  options: {asked}(loss_fn, nemo2.parallelize(model, mesh))"
+        )
+
+
+def without_gradients(output: Any) -> Any:
+    """Return what a parallel model's forward gives: like one device's, but backward says no."""
+    made = torch.empty(0, requires_grad=True)
+
+    def guarded(x: Any) -> Any:
+        floating = isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+        if not floating:
+            return x
+        return _ForwardOnly.apply(x, made)  # type: ignore[no-untyped-call]
+
+    return tree_map(guarded, output)
+
+
+class _ForwardOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, made: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Nothing to keep."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise Nemo2Error(
+            "calling a parallel model runs it forward only, and keeps nothing for gradients\n"
+            "  options: model.backward(loss_fn, batch), then optimizer.step() |"
+            " nemo2.value_and_grad(loss_fn, model)(params, batch) | torch.no_grad() for inference"
         )

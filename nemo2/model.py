@@ -17,6 +17,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import Nemo2Error, PipelineError
+from .limits import without_gradients
 from .mesh.groups import MeshGroups
 from .pipeline.absent import NeedsValueError
 from .pipeline.identity import flags, identity
@@ -205,7 +206,9 @@ class ParallelModel(nn.Module):
 
         outputs = self.run_forward(step, (args, kwargs), key=("forward",))
         output = outputs[0] if outputs else None
-        return self.from_last_stage(output) if broadcast_output else output
+        output = self.from_last_stage(output) if broadcast_output else output
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.params.values())
+        return without_gradients(output) if trains else output
 
     def run_forward(
         self, step: Step, batch: Any, *, key: Any = None, microbatches: int = 1

@@ -468,6 +468,7 @@ def mistakes(sizes, device):
         "is the class": lambda: nemo2.parallelize(Bottleneck, mesh),
         "it is str": lambda: nemo2.parallelize(bottlenecks(), "tp=2"),
         "by torch.compile": lambda: nemo2.parallelize(torch.compile(bottlenecks()), mesh),
+        "forward only": lambda: model(x, broadcast_output=True).sum().backward(),
         "be copied": lambda: copy.deepcopy(model),
         "be pickled": lambda: pickle.dumps(model),
         "missing": lambda: model.load_state_dict({"other": x}),
@@ -480,6 +481,10 @@ def mistakes(sizes, device):
         except nemo2.Nemo2Error as error:
             if text not in str(error) or "options:" not in str(error):
                 wrong.append(f"{text}: {error}")
+    out = model(x, broadcast_output=True)
+    with torch.no_grad():
+        assert torch.equal(model(x, broadcast_output=True), out)
+        assert not model(x, broadcast_output=True).requires_grad
     return wrong, model.backward(mean, x).item()
 
 
