@@ -6,6 +6,7 @@ what changes its layout at a module's edge, and what a step does that some meshe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -58,8 +59,11 @@ class Recorder(CallRecorder):
         self.stack.append(activation)
         try:
             out = self._run(activation, forward, args, kwargs)
-        except NeedsValueError:
+        except NeedsValueError as error:
             if not self._closed(activation, module):
+                advised = self._advised(str(error), activation, module)
+                if advised is not None:
+                    raise advised from error
                 raise
             with suspended():
                 self._forget(activation, module, start)
@@ -194,6 +198,21 @@ class Recorder(CallRecorder):
         whole = all(x is None or not is_absent(x) or x.layouts == WHOLE for x in params)
         return bool(activation.module) and self._in_block() and whole and self.degrees[0] == 1
 
+    def _advised(
+        self, said: str, activation: Activation, module: nn.Module
+    ) -> NeedsValueError | None:
+        """Say what would work inside of a block: there only split parameters forbid such code."""
+        params = [x for sub in module.modules() for x in sub._parameters.values()]
+        split = any(x is not None and is_absent(x) and x.layouts != WHOLE for x in params)
+        if not split or not self._in_block() or _WHOLE_INSTEAD in said:
+            return None
+        pattern = re.sub(r"\b\d+\b", "*", activation.module)
+        return NeedsValueError(
+            f"{said.partition(_OPTIONS)[0]}{_OPTIONS}{_WHOLE_INSTEAD} the rule"
+            f" {{'{pattern}.**': None}} in place of others, and its code runs as it is | write it"
+            " without reading values, such as all experts for all tokens, weighted"
+        )
+
     def _assume(self, activation: Activation, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Let code that reads values, and so cannot run, return one tensor like its input.
 
@@ -272,6 +291,7 @@ def _gathered(leaves: Sequence[Any]) -> Iterator[Entry]:
             yield Entry(i, steps, tuple(x.meta.shape), x.meta.dtype, x.needs_grad)
 
 
+_OPTIONS, _WHOLE_INSTEAD = "\n  options: ", "keep this module whole over tp:"
 _DROPOUTS = (nn.Dropout, nn.AlphaDropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _LEAVES = tuple(kind.forward for kind in (nn.Linear, nn.Embedding, *_DROPOUTS))
 

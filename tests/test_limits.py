@@ -360,3 +360,43 @@ def test_dropout_in_code_that_reads_values_is_listed():
 def test_what_such_code_may_not_do(pool, kind, message):
     (found,) = outcome(pool, partial(Mixed, kind), "tp=2")
     assert message in found
+
+
+class Sparse(nn.Module):
+    """Two experts, each run on the tokens that chose it: how many is a value."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.gate = nn.Linear(width, 2)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, width)) for _ in range(2)
+        )
+
+    def forward(self, x):
+        flat = x.flatten(0, -2)
+        weight, chosen = self.gate(flat).softmax(-1).max(-1)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            (rows,) = torch.where(chosen == number)
+            out = out.index_add(0, rows, expert(flat[rows]) * weight[rows, None])
+        return out.view_as(x)
+
+
+class SparseMixture(GPT):
+    def __init__(self, split):
+        super().__init__(4)
+        width = self.embed.weight.shape[1]
+        for layer in self.layers:
+            layer.up, layer.down = nn.Identity(), Sparse(width)
+        rule = {"layers.*.down.experts.*.2.weight": ("tp", 1)}
+        nemo2.annotate(self, rule if split else {"layers.*.down.**": None})
+
+
+def test_split_code_that_reads_values_is_told_how_to_run(pool):
+    with pytest.raises(nemo2.Nemo2Error) as caught:
+        nemo2.plan(SparseMixture(True), "tp=2", step=next_token, batch=token_ids(4))
+    said = str(caught.value)
+    assert "(rows,) = torch.where(chosen == number)" in said
+    assert said.count("options:") == 1
+    assert "whole over tp: the rule {'layers.*.down.**': None}" in said
+    assert outcome(pool, partial(SparseMixture, False), "tp=2", microbatches=2) == {"equal"}

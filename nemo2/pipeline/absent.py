@@ -263,7 +263,7 @@ def absent_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         except (NotImplementedError, RuntimeError) as error:
             if "meta" in str(error).lower():
                 raise NeedsValueError(
-                    f"'{name}' needs a value that is not on this stage{user_line()}: {error}"
+                    f"'{name}' needs a value that is not on this stage{user_line()}"
                 ) from error
             raise
     if is_inplace(name):
