@@ -14,15 +14,33 @@ from torch.utils.checkpoint import checkpoint
 
 import nemo2
 from nemo2.sharding import cross_entropy, narrow
+from nemo2.sharding.modes import suspended
 from nemo2.sharding.narrow import NarrowLosses
 from tests.models import ZOO, token_ids
 
 TOKENS, CLASSES = 24, 128
 
 
+def as_it_is(function):
+    """Stand in for ``_compiled``: most tests ask when a loss is taken, and not inductor."""
+
+    def run(*args):
+        with suspended():
+            return function(*args)
+
+    return run
+
+
+@pytest.fixture
+def kernels():
+    """Let inductor compile the losses of a test."""
+
+
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
+def small(monkeypatch, request):
     monkeypatch.setattr(narrow, "SMALLEST", 1)
+    if "kernels" not in request.fixturenames:
+        monkeypatch.setattr(cross_entropy, "_compiled", as_it_is)
 
 
 @pytest.fixture
@@ -96,7 +114,7 @@ def compare(loss, given=logits, *, exact=False, atol=1e-6):
     ],
     ids=str,
 )
-def test_losses_of_all_kinds(options, losses):
+def test_losses_of_all_kinds(options, losses, kernels):
     target = labels()
     target[::5] = options.get("ignore_index", -100)
     seen = compare(lambda x: F.cross_entropy(x.float(), target, **options))
@@ -494,6 +512,7 @@ def on_a_mesh(name, mesh, smallest, options):
         mock.patch("nemo2.sharding.narrow.cross_entropy", spy),
         mock.patch("nemo2.sharding.actions.cross_entropy", spy),
         mock.patch("nemo2.pipeline.runner.NarrowLosses", _fused if patched else NarrowLosses),
+        mock.patch.object(cross_entropy, "_compiled", as_it_is) if patched else nullcontext(),
     ):
         parallel = nemo2.parallelize(
             model,
