@@ -39,6 +39,7 @@ from .pytree import tree_map
 from .randomness import Randomness, key_dropout
 from .record import Recorder
 from .record_calls import Setting
+from .repeats import Numbers, Repeats
 from .sharding.annotate import Mark, check, collect
 from .sharding.layout import REPLICATED, Layout, Sharding
 from .sharding.prove import Prover, prove, vary_mixed
@@ -328,15 +329,19 @@ def plan_step(
         return out
 
     split = plan.sizes.cp * plan.sizes.tp > 1
+    numbers = Numbers(model, plan.blocks)
 
     def record(setting: Setting, given: Any = batch) -> Trace:
         setting = replace(setting, by_module=split)
         recorder = Recorder(setting, blocks)
-        with planning(model, where, absent, recorder):
+        recorder.repeats = Repeats(plan.blocks, numbers)
+        with planning(model, where, absent, recorder), numbers.watched():
             return run_step(lambda: step(model, given), recorder)
 
     def attempt(prover: Prover) -> str | None:
-        with planning(model, where, lambda name: absent(name, local=True), prover):
+        prover.repeats = Repeats(plan.blocks, numbers, prover.apart)
+        own = planning(model, where, lambda name: absent(name, local=True), prover)
+        with own, numbers.watched():
             return prover.attempt(lambda: step(model, batch))
 
     setting, trace = _settle(plan, batch, record)

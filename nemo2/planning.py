@@ -98,6 +98,7 @@ def _watch(name: str, module: nn.Module, recorder: Recorder, undo: ExitStack) ->
     def forward(*args: Any, **kwargs: Any) -> Any:
         return recorder.call_module(name, module, original, args, kwargs)
 
+    forward.__dict__["nemo2_watches"] = name, own
     module.__dict__["forward"] = forward
     if own is None:
         undo.callback(module.__dict__.pop, "forward")

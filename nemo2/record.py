@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .pipeline.absent import (
 )
 from .pytree import tree_flatten, tree_leaves, tree_unflatten
 from .record_calls import CallRecorder
+from .repeats import Repeats
 from .sharding.layout import AXES, WHOLE, Sharding
 from .sharding.modes import suspended
 from .trace import (
@@ -37,13 +39,21 @@ from .trace import (
 
 
 class Recorder(CallRecorder):
-    """Watch all torch calls and all module calls of one planning run."""
+    """Watch all torch calls and all module calls of one planning run.
+
+    Attributes:
+        repeats: the blocks that need not run where others like them have.
+    """
+
+    repeats: Repeats | None = None
 
     def call_module(
         self, name: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         block = self.block_index.get(name)
         with suspended():
+            before = self.repeats and self.repeats.before(self, name, module, args, kwargs)
+            given = (args, kwargs)
             ordinal = self.ordinals[name] = self.ordinals.get(name, -1) + 1
             start = len(self.values)
             if kwargs.get("output_router_logits") and torch.is_grad_enabled():
@@ -51,6 +61,9 @@ class Recorder(CallRecorder):
             if block is not None:
                 self._enter_block(name, block, ordinal)
                 self._note_uses([x for x in tree_leaves((args, kwargs)) if is_absent(x)])
+            if self.repeats and before and before.key in self.repeats.known:
+                with suppress(KeyError):
+                    return self.repeats.copy(self, before, name, given)
         activation = Activation(name, ordinal, is_leaf(module), block, depth=len(self.functions))
         activation.first = self.numbers
         self.stack[-1].items.append(activation)
@@ -77,7 +90,10 @@ class Recorder(CallRecorder):
                 out = self._leave_block(block, args, kwargs, out)
             self._rekey(name, ordinal, out, start)
             activation.outputs = tuple(identity(x) for x in tree_leaves(out) if is_absent(x))
-            return self._exit(activation, out)
+            out = self._exit(activation, out)
+            if self.repeats and before:
+                self.repeats.after(self, before, name, module, given, out)
+            return out
 
     def _enter(self, activation: Activation, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Change the layout of arguments as the setting says."""
@@ -280,6 +296,7 @@ class Recorder(CallRecorder):
             self.degrees,
             complete,
             self.notes,
+            self.repeats.repeated if self.repeats else {},
         )
 
 

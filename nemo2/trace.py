@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,6 +179,7 @@ class Trace:
     degrees: tuple[int, int]
     complete: bool
     notes: Notes
+    repeated: Mapping[str, str] = field(default_factory=dict)  # see repeats.py
 
     def blocks_called(self, names: Sequence[str]) -> tuple[int, ...]:
         """Return which of the blocks ``names`` were called, in order."""

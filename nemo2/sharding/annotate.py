@@ -27,6 +27,7 @@ T = TypeVar("T", Tensor, nn.Module)
 _MARKS = "_nemo2_marks"  # module.__dict__: parameter name -> tuple[Mark, ...]
 _BLOCKS = "_nemo2_blocks"  # module.__dict__: of a list of blocks: True, or why it was derived
 _LEFT = "_nemo2_left"  # model.__dict__: module name -> why no annotation was derived for it
+OWN_ATTRIBUTES = (_MARKS, _BLOCKS, _LEFT)
 
 
 @dataclass(frozen=True)

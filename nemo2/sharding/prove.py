@@ -93,6 +93,7 @@ class Prover(Recorder):
             (a.module, a.ordinal): a.closed[0] for a in trace.root.walk() if a.closed is not None
         }
         self.culprit: list[Activation] = []
+        self.repeated = trace.repeated
 
     def _run(
         self, activation: Activation, forward: Callable[..., Any], args: Any, kwargs: Any
@@ -103,6 +104,11 @@ class Prover(Recorder):
 
     def _whole_shape(self, activation: Activation, like: Absent) -> tuple[int, ...]:
         return self.closed[activation.module, activation.ordinal]
+
+    def apart(self, block: str) -> Any:
+        """Return what tells a block from others here: its record, and what of it is emulated."""
+        inside = {n for n in self.emulated if n == block or n.startswith(f"{block}.")}
+        return self.repeated.get(block, block), frozenset(n[len(block) :] for n in inside)
 
     def attempt(self, step: Callable[[], Any]) -> str | None:
         """Return None when the local run is the planned one, else the module to emulate.
