@@ -514,6 +514,40 @@ def reduced(p, x):
     )
 
 
+@case(a=col())
+def vectors_and_losses_of_elements(p, x):
+    y = x @ p.a
+    z = y.tanh()
+    norms = (
+        y.norm(p=3, dim=0, keepdim=True),
+        torch.norm(y, dim=(0, 2)),
+        torch.linalg.vector_norm(y, dim=1),
+        torch.linalg.norm(y, dim=-1, keepdim=True),
+        torch.linalg.norm(y, dim=(1, 2)),
+        torch.linalg.vector_norm(y),
+    )
+    units = (
+        F.normalize(y),
+        F.normalize(y, dim=-1),
+        F.normalize(y, 1.0, 0),
+        F.cosine_similarity(y, z),
+        F.cosine_similarity(y, z, dim=-1),
+        F.cosine_similarity(y, z[:1], dim=0),
+        F.cosine_similarity(y, x[..., :1], 1),
+    )
+    losses = (
+        F.mse_loss(y, z, reduction="none"),
+        F.mse_loss(y, z),
+        F.smooth_l1_loss(y, z, reduction="none"),
+        F.huber_loss(y, z, reduction="sum"),
+        F.huber_loss(y, z, reduction="none"),
+        F.binary_cross_entropy_with_logits(y, z.sigmoid(), reduction="none"),
+        F.binary_cross_entropy(y.sigmoid(), z.sigmoid(), reduction="none"),
+        F.binary_cross_entropy(y.sigmoid(), z.sigmoid()),
+    )
+    return *norms, *units, *losses, F.logsigmoid(y), F.hardswish(y)
+
+
 # --- contractions ---
 
 

@@ -120,7 +120,7 @@ class StageRunner(nn.Module):
             block = self.module.get_submodule(name)
             if self._is_local(i):
                 block.register_forward_pre_hook(self._entering(i), prepend=True, with_kwargs=True)
-                block.register_forward_hook(self._leaving)
+                block.register_forward_hook(self._leaving, always_call=True)
             else:
                 forward = self._absent_forward(i, name)
                 block.__dict__["forward"] = forward

@@ -230,8 +230,17 @@ def vocab_embedding(ids: Tensor, weight: Tensor, padding_idx: int | None, axis: 
 
     Returns:
         this rank's part, to be summed over ``axis``.
+
+    Raises: IndexError for an index out of range; on a GPU an assertion there, as torch does.
     """
     rows = weight.shape[0]
+    inside = (ids >= 0) & (ids < rows * axis.degree)
+    try:
+        torch._assert_async(  # a plain assert would wait for the GPU
+            inside.all(), f"embedding: an index is not in [0, {rows * axis.degree})"
+        )
+    except RuntimeError as error:
+        raise IndexError(str(error)) from None  # as one device does
     local = ids - axis.rank * rows
     here = (local >= 0) & (local < rows)
     if padding_idx is not None:

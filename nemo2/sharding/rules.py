@@ -41,7 +41,8 @@ def _words(text: str) -> tuple[str, ...]:
 
 _ALSO_LOCAL = _words(
     "_to_copy clone detach alias lift_fresh copy_ fill_ zero_ native_dropout bernoulli_ contiguous"
-    " expand empty_like zeros_like ones_like full_like rand_like"
+    " expand empty_like zeros_like ones_like full_like rand_like hardswish log_sigmoid_forward"
+    " mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits"
 )
 _POINTWISE_NAMES = _words(
     "dropout dropout_ alpha_dropout alpha_dropout_ dropout1d dropout2d dropout3d feature_dropout"
@@ -413,6 +414,31 @@ def _reduce_rule(call: Call, out: Any) -> Outcome:
     return Outcome(x.layout.at(dim))
 
 
+def _vector_norm_rule(call: Call, out: Any) -> Outcome:
+    """``norm(x, p, dim)``: each vector's own."""
+    x, dim = call.operands[0], call.arg(2, "dim")
+    if dim is None or len(call.operands) > 1 or x.dim is None or x.dim in _dims(dim, x.ndim):
+        return call.gather()
+    dims = _dims(dim, x.ndim)
+    keep = tensors(out)[0].ndim == x.ndim
+    return Outcome(x.layout.at(x.dim if keep else x.dim - sum(d < x.dim for d in dims)))
+
+
+def _normalize_rule(call: Call, out: Any) -> Outcome:
+    x = call.operands[0]
+    if len(call.operands) > 1 or x.dim in _dims(call.arg(2, "dim", 1), x.ndim):
+        return call.gather()
+    return Outcome(x.layout)
+
+
+def _cosine_rule(call: Call, out: Any) -> Outcome:
+    x, shapes = call.operands[0], {op.meta.shape for op in call.operands}
+    (dim,) = _dims(call.arg(2, "dim", 1), x.ndim)
+    if len(shapes) > 1 or len({op.layout for op in call.operands}) > 1 or x.dim in (None, dim):
+        return call.gather()
+    return Outcome(x.layout.at(x.dim - (dim < x.dim)))
+
+
 # --- generation (inference/cache.py) ---
 
 
@@ -509,6 +535,9 @@ _RULES: dict[str, Rule] = {
     "stack": _stack_rule,
     **dict.fromkeys(_ALONG, _along_rule),
     "topk": _topk_rule,
+    **dict.fromkeys(_words("norm linalg_norm linalg_vector_norm"), _vector_norm_rule),
+    "normalize": _normalize_rule,
+    "cosine_similarity": _cosine_rule,
     **dict.fromkeys(("layer_norm", "rms_norm"), _norm_rule),
     **dict.fromkeys(_REDUCTIONS, _reduce_rule),
     **dict.fromkeys(_words("matmul __matmul__ __rmatmul__ bmm mm mv dot"), matmul_rule),
