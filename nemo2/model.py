@@ -35,7 +35,7 @@ from .sharding.data_parallel import DataParallelRun
 from .sharding.dropout import Forward, begin, drawing, seed_of
 from .sharding.fused import in_rank_order
 from .sharding.reduce import gradient, norm_of, reduce_gradients, scale_gradients
-from .sharding.state import copy_into, gather_params, whole_if_fused
+from .sharding.state import copy_into, gather_buffers, gather_params, whole_if_fused
 from .sharding.storage import Storage, local_of, refuse_uses_outside
 from .skipping import SkipWatch
 
@@ -129,10 +129,14 @@ class ParallelModel(nn.Module):
     def full_state_dict(self) -> dict[str, Tensor]:
         """Return the whole model's state on every rank, loadable into the unsplit module.
 
-        Communication: gathers each parameter over tp and dp, then shares them over stages.
+        Buffers are those of the rank to which they belong, as in checkpoints. What need not be
+        gathered shares memory with the model.
+
+        Communication: gathers each parameter over tp and dp, then shares them over stages; an
+            all-gather of objects over the world, and a broadcast of each buffer.
         """
         params = gather_params(self.storage, self.plan, self.groups)
-        return params | self._persistent_buffers()
+        return params | gather_buffers(self.module, self.plan, self.groups)
 
     def _persistent_buffers(self) -> dict[str, Tensor]:
         persistent = self.module.state_dict()

@@ -514,3 +514,38 @@ def loaded(sizes, kind, device):
 @pytest.mark.parametrize("sizes", [{"dp": 2, "tp": 2}, {"pp": 2, "tp": 2}], ids=str)
 def test_load_state_dict_takes_its_own_and_that_of_one_device(pool, sizes, kind):
     assert set(pool.run(4, loaded, sizes, kind, pool.device)) == {(True, True)}
+
+
+class Averages(nn.Module):
+    """Blocks and a last module whose buffers the forward writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(2)
+        )
+        self.last = nn.BatchNorm1d(4, affine=False)
+        nemo2.shard(self.blocks, "pp")
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+def averaged(sizes, device):
+    torch.manual_seed(0)
+    alone = Averages().double()
+    model = nemo2.parallelize(alone, nemo2.make_mesh(**sizes, device=device))
+    x = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    own = x.chunk(model.plan.sizes.dp)[model.groups.dp_rank]
+    model.backward(lambda m, b: m(b).square().mean(), own)
+    alone(x.chunk(model.plan.sizes.dp)[0])  # as in checkpoints, the first rank's count
+    whole = {n: t.cpu() for n, t in model.full_state_dict().items()}
+    assert whole.keys() == alone.state_dict().keys()
+    return [n for n, t in alone.state_dict().items() if not torch.allclose(t, whole[n], rtol=1e-12)]
+
+
+@pytest.mark.parametrize("sizes", [{"pp": 2}, {"dp": 2}, {"pp": 2, "dp": 2}], ids=str)
+def test_buffers_of_the_whole_state_are_their_owners(pool, sizes):
+    assert pool.run(2 ** len(sizes), averaged, sizes, pool.device) == [[]] * 2 ** len(sizes)

@@ -15,7 +15,7 @@ from ..mesh.groups import MeshGroups
 from ..model import ParallelModel
 from ..sharding.fused import in_original_order
 from ..sharding.slices import Box, Part, held_parts
-from ..sharding.state import buffer_owner, persistent_buffers
+from ..sharding.state import buffer_owners, persistent_buffers
 from ..sharding.storage import Entry
 
 
@@ -158,8 +158,9 @@ def _buffer_items(model: ParallelModel) -> tuple[Item, ...]:
     """Return the buffers; ranks may have different values, and the first one's count."""
     groups = model.groups
     copy = int((groups.tp_rank, groups.dp_rank, groups.cp_rank) != (0, 0, 0))
+    owners = buffer_owners(model.plan, model.module)
     return tuple(
-        replace(_held_whole(names, buffer, buffer_owner(model.plan, names[0])), copy=copy)
+        replace(_held_whole(names, buffer, owners[names[0]]), copy=copy)
         for names, buffer in _by_identity(persistent_buffers(model.module, aliases=True))
     )
 

@@ -31,7 +31,7 @@ from ..checkpoint.target import target_of
 from ..checkpoint.training import Extra, save_training
 from ..errors import CheckpointError
 from ..model import ParallelModel
-from ..sharding.state import buffer_owner, persistent_buffers
+from ..sharding.state import buffer_owners, persistent_buffers
 from ..sharding.storage import local_of
 from .data import dealt, is_position
 from .resuming import go_on, under_way
@@ -42,14 +42,12 @@ _HYPER = (LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, "datamodule_hyper_paramet
 
 def model_state(parallel: ParallelModel) -> dict[str, Tensor]:
     """Return name -> tensor of the parameters and buffers that this rank's stage owns."""
-    here = parallel.groups.pp_rank
+    here, owners = parallel.groups.pp_rank, buffer_owners(parallel.plan, parallel.module)
     state: dict[str, Tensor] = {
         e.name: e.view.detach() for e in parallel.storage if here == e.plan.ranks[0]
     }
     return state | {
-        n: b
-        for n, b in persistent_buffers(parallel.module).items()
-        if buffer_owner(parallel.plan, n) == here
+        n: b for n, b in persistent_buffers(parallel.module).items() if owners[n] == here
     }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from ..mesh.groups import MeshGroups
-from ..pipeline.stages import stage_of
+from ..pipeline.stages import expected_stages, module_order
 from ..plan import Plan
 from .fused import in_original_order, is_fused
 from .storage import Entry, Storage
@@ -77,6 +77,39 @@ def _share(own: dict[str, Tensor], groups: MeshGroups) -> dict[str, Tensor]:
     return everything
 
 
+def gather_buffers(module: nn.Module, plan: Plan, groups: MeshGroups) -> dict[str, Tensor]:
+    """Return every buffer that state dicts have, the same on every rank.
+
+    Buffers that forwards write (running statistics) may differ from rank to rank: those of the
+    first rank of the stage that they belong to count, as in checkpoints.
+
+    Communication: on more than one rank, an all-gather of objects over the world, and a broadcast
+        of each buffer.
+    """
+    held = {n: b.detach() for n, b in persistent_buffers(module, aliases=True).items()}
+    if groups.sizes.world == 1:
+        return held
+    first = groups.dp_rank == groups.cp_rank == groups.tp_rank == 0
+    owners = buffer_owners(plan, module)
+    own = [n for n in held if first and owners[n] == groups.pp_rank]
+    mine = [(n, tuple(held[n].shape), held[n].dtype) for n in own]
+    ranks = dist.get_process_group_ranks(groups.world)
+    everyone: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(everyone, mine, group=groups.world)
+    shared: dict[str, Tensor] = {}
+    for source, theirs in zip(ranks, everyone, strict=True):
+        for name, shape, dtype in theirs:
+            value = (
+                held[name].to(groups.device).contiguous()
+                if source == groups.rank
+                else torch.empty(shape, dtype=dtype, device=groups.device)
+            )
+            if value.numel():
+                dist.broadcast(value, src=source, group=groups.world)
+            shared[name] = value
+    return {n: shared[n] for n in held if n in shared}
+
+
 def copy_into(view: Tensor, full: Tensor) -> None:
     """Copy this rank's part of the whole tensor ``full``, in rank order, into ``view``'s memory.
 
@@ -100,11 +133,11 @@ def persistent_buffers(module: nn.Module, *, aliases: bool = False) -> dict[str,
     return found
 
 
-def buffer_owner(plan: Plan, buffer: str) -> int:
-    """Return the pipeline rank whose copy of a buffer counts: its block's or its siblings'."""
-    for i, block in enumerate(plan.blocks):
-        if buffer.startswith(block + "."):
-            return plan.stages[stage_of(i, plan.stages)].rank
-    parent = buffer.rpartition(".")[0]
-    near = [p.stages[0] for p in plan.params if p.name.rpartition(".")[0] == parent]
-    return plan.stages[min(near, default=0)].rank
+def buffer_owners(plan: Plan, module: nn.Module) -> dict[str, int]:
+    """Return name -> the pipeline rank whose copy of a buffer counts, under all of its names.
+
+    A buffer goes with its module, as parameters do: with its block, or before or after the blocks.
+    """
+    names, order = tuple(persistent_buffers(module, aliases=True)), module_order(module)
+    homes = expected_stages(order, names, plan.blocks, plan.stages)
+    return {n: plan.stages[home].rank for n, home in zip(names, homes, strict=True)}
