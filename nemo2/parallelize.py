@@ -85,7 +85,7 @@ def parallelize(
     ties = _tie_groups(planned, groups)
     made = ParallelModel(runner, planned, groups, storage, managed, ties, mesh, seed, where)
     note_parts(made)
-    step_on_shards(storage)
+    step_on_shards(storage, groups.sizes.pp)
     return made
 
 

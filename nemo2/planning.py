@@ -124,6 +124,11 @@ def run_step(step: Callable[[], Any], recorder: Recorder) -> Trace:
                 raise _assumed_wrongly(recorder.notes.closed, error) from error
             raise
     if recorder.block_index and recorder.position != len(recorder.block_index) - 1:
+        if recorder.position == -1:
+            raise PipelineError(
+                f"the step calls none of the {len(recorder.block_index)} pipeline blocks\n"
+                "  options: a loss that calls the module it is given: loss_fn(module, batch)"
+            )
         missing = [n for n, i in recorder.block_index.items() if i > recorder.position]
         raise PipelineError(
             f"the step calls {recorder.position + 1} of {len(recorder.block_index)}"

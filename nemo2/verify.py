@@ -276,7 +276,7 @@ def compare(
     Both take one AdamW step: ``parallel`` and ``alone`` are changed.
     """
     groups, names = parallel.groups, [p.name for p in parallel.plan.params]
-    own = split_batch(whole, groups.sizes.dp)[groups.dp_rank]
+    own = split_batch(whole, groups.sizes.dp, "dp")[groups.dp_rank]
     value, grads = value_and_grad(loss_fn, parallel)(parallel.params, own, step=1)
     step_plan = parallel.runner.step_plan
     random = step_plan.randomness if step_plan is not None else Randomness()

@@ -163,3 +163,47 @@ def odd_ways(device):
 
 def test_closures_hooks_saving_and_errors(pool):
     pool.run(2, odd_ways, pool.device)
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        shard(self.blocks, "pp")
+        for block in self.blocks:
+            shard(block.weight, "tp", dim=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def refusals(mesh, device):
+    """Return what LBFGS and Adafactor say in their first step, or their loss."""
+    found = {}
+    model = nemo2.parallelize(Stack().double(), nemo2.make_mesh(**mesh, device=device))
+    for kind in (torch.optim.LBFGS, torch.optim.Adafactor):
+        optimizer = kind(model.parameters(), lr=1e-3)
+
+        def closure(optimizer=optimizer):
+            optimizer.zero_grad()
+            return model.backward(square, batch(0))
+
+        try:
+            found[kind.__name__] = float(optimizer.step(closure))
+        except nemo2.Nemo2Error as error:
+            found[kind.__name__] = str(error)
+    return found
+
+
+@pytest.mark.parametrize("mesh", [{"pp": 2}, {"tp": 2}, {"dp": 2}], ids=str)
+def test_optimizers_of_more_than_one_parameter_at_a_time(pool, mesh):
+    refused = {"LBFGS": "pp=2", "Adafactor": None} if "pp" in mesh else {"Adafactor": "split"}
+    for found in pool.run(2, refusals, mesh, pool.device):
+        for kind in ("LBFGS", "Adafactor"):
+            if refused.get(kind):
+                assert refused[kind] in found[kind]
+                assert "options:" in found[kind]
+            else:
+                assert isinstance(found[kind], float), found[kind]

@@ -520,7 +520,7 @@ REFUSED: dict[Callable[[Run], Any], str] = {
     uneven_batches: r"after 3 the data of some has ended(.|\n)*limit_train_batches=3",
     failing_dataset: "planted|batch 2 could not be read on another rank",
     own_batch_sampler: r"DataLoader\(batch_sampler=Bucketed\)",
-    indivisible_batch: "cannot split a batch of 1 samples into 2 microbatches",
+    indivisible_batch: "cannot split a batch of 1 samples over microbatches=2",
 }
 FEATURES_REFUSED = {f.__name__: (f, says) for f, says in REFUSED.items()}
 

@@ -234,9 +234,10 @@ def absent_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         return Absent(first.meta, first.home)
     if is_inplace(name) and isinstance(first, Tensor) and not is_absent(first):
         raise NeedsValueError(
-            f"'{name}' writes a value that lives on another pipeline stage into a real tensor"
-            f"{user_line()}\n"
-            "  options: build the result out of place (torch.cat, torch.where), or inside a block"
+            f"'{name}' writes a value that depends on parameters, and may be on another rank, into"
+            f" a real tensor{user_line()}\n"
+            "  options: build the result out of place (torch.cat, torch.where), or inside a block |"
+            " use_cache=False, if it is a cache"
         )
     device = next(x.home for x in tree_leaves((args, kwargs)) if type(x) is Absent)
     if name == "device":

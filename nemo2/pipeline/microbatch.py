@@ -23,8 +23,11 @@ class BatchPlan:
     whole: tuple[str, ...]
 
 
-def plan_batch(batch: Any, microbatches: int) -> BatchPlan:
+def plan_batch(batch: Any, microbatches: int, over: str = "microbatches") -> BatchPlan:
     """Find the batch size: the first dim that most tensor leaves share.
+
+    Args:
+        over: what the parts are for, in messages.
 
     Raises: PipelineError when two sizes are equally frequent, or when the size does not
         divide by ``microbatches`` (the message lists the counts that do).
@@ -34,9 +37,9 @@ def plan_batch(batch: Any, microbatches: int) -> BatchPlan:
     sized = [(n, x) for n, x in zip(names, leaves, strict=True) if isinstance(x, Tensor) and x.ndim]
     if not sized:
         raise PipelineError(
-            f"cannot split this batch into {microbatches} microbatches:"
+            f"cannot split this batch over {over}={microbatches}:"
             " it holds no tensor with a batch dim\n"
-            "  options: Pipeline(microbatches=1) | put tensors into the batch"
+            f"  options: {over}=1 | put tensors into the batch"
         )
     counts = Counter(x.shape[0] for _, x in sized).most_common()
     if len(counts) > 1 and counts[0][1] == counts[1][1]:
@@ -50,18 +53,19 @@ def plan_batch(batch: Any, microbatches: int) -> BatchPlan:
     if size % microbatches or size == 0:
         fits = [n for n in range(1, size + 1) if size % n == 0]
         raise PipelineError(
-            f"cannot split a batch of {size} samples into {microbatches} microbatches:"
-            f" {size} % {microbatches} = {size % microbatches}\n  options: microbatches in {fits}"
+            f"cannot split a batch of {size} samples over {over}={microbatches}:"
+            f" {size} % {microbatches} = {size % microbatches}\n"
+            f"  options: {over} in {fits} | a batch of {-(-size // microbatches) * microbatches}"
         )
     split = tuple(n for n, x in sized if x.shape[0] == size)
     return BatchPlan(size, split, tuple(n for n, x in sized if x.shape[0] != size))
 
 
-def split_batch(batch: Any, microbatches: int) -> list[Any]:
+def split_batch(batch: Any, microbatches: int, over: str = "microbatches") -> list[Any]:
     """Return the microbatches of ``batch``: views of equal parts along the batch dim."""
     if microbatches == 1:
         return [batch]
-    size = plan_batch(batch, microbatches).size
+    size = plan_batch(batch, microbatches, over).size
     part = size // microbatches
 
     def cut(i: int, x: Any) -> Any:

@@ -199,12 +199,14 @@ class Decision:
     unusable: ShardingError | None = None
 
 
-def refuse(call: Call, what: str) -> ShardingError:
+def refuse(
+    call: Call, what: str, options: str = "write it out of place | annotate less of this module"
+) -> ShardingError:
     return ShardingError(
         f"'{call.name}' {what} a tensor split over \"{call.axis}\" in a way that no rule covers"
         f"{user_line()}\n"
         f"  operands: {shown(call)}\n"
-        "  options: write it out of place | annotate less of this module"
+        f"  options: {options}"
     )
 
 

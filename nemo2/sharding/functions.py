@@ -21,7 +21,12 @@ def check_function(call: Call, decision: Decision, functions: list[type]) -> Non
     """Refuse a call inside a custom function if its backward would have to communicate."""
     own = [f for f in functions if f is not CheckpointFunction]  # that one runs forward again
     if own and (decision.action is not None or decision.partial_params):
-        raise refuse(call, f"in the autograd function {own[0].__name__} meets")
+        raise refuse(
+            call,
+            f"in the autograd function {own[0].__name__} meets",
+            "sequence_parallel=False, where it is the sequence that is split | torch calls in"
+            " place of the function | annotate less of this module",
+        )
 
 
 @contextmanager

@@ -20,6 +20,8 @@ from torch.optim.optimizer import (
 )
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..errors import Nemo2Error
+
 if TYPE_CHECKING:
     from .storage import Storage
 
@@ -40,17 +42,22 @@ ELEMENTWISE = frozenset(
 )
 _SCALARS = ("step", "eta", "mu", "mu_product")  # state that is no part of a parameter
 
-_views: MutableMapping[Tensor, None] = WeakIdKeyDictionary()  # parameters that models have given
+# Parameters that models have given -> over how many pipeline ranks the others are spread.
+_views: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
 # Optimizer -> what its shards stand for: (group, place in it, parameter, its state).
 _lent: MutableMapping[Optimizer, list[tuple[int, int, Any, dict[str, Any]]]] = WeakIdKeyDictionary()
 _handles: list[Any] = []
 
 
-def step_on_shards(storage: Storage) -> None:
-    """Let optimizers of the parameters of ``storage`` step on their shards."""
+def step_on_shards(storage: Storage, pp: int) -> None:
+    """Let optimizers of the parameters of ``storage`` step on their shards.
+
+    Args:
+        pp: how many pipeline ranks the model has.
+    """
     for entry in storage:
         if isinstance(entry.view, DTensor):
-            _views[entry.view] = None
+            _views[entry.view] = pp
     if not _handles:
         _handles.append(register_optimizer_step_pre_hook(_before))
         _handles.append(register_optimizer_step_post_hook(_after))
@@ -58,6 +65,7 @@ def step_on_shards(storage: Storage) -> None:
 
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     _give_back(optimizer)  # a step that raised has left its shards
+    _check(optimizer)
     if not _fits(optimizer):
         return None
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -75,6 +83,26 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _give_back(optimizer)
+
+
+def _check(optimizer: Optimizer) -> None:
+    """Refuse what would step otherwise than on one device, or cannot."""
+    params = (p for group in optimizer.param_groups for p in group["params"])
+    mine = next((p for p in params if p in _views), None)
+    if mine is None:
+        return
+    if isinstance(optimizer, optim.LBFGS) and _views[mine] > 1:
+        raise Nemo2Error(
+            "LBFGS multiplies vectors of all parameters, and each pipeline rank has those of its"
+            f" own stages: pp={_views[mine]}\n  options: pp=1 | AdamW, or another optimizer that"
+            " looks at one parameter at a time"
+        )
+    if isinstance(optimizer, optim.Adafactor) and mine.device_mesh.size() > 1:
+        raise Nemo2Error(
+            "torch's Adafactor does not take parameters that are split: DTensor refuses its"
+            " powers in place\n  options: AdamW, or another of torch's optimizers | a mesh of"
+            " pp alone"
+        )
 
 
 def _fits(optimizer: Optimizer) -> bool:
