@@ -262,6 +262,30 @@ def test_nothing_is_gathered(name: str) -> None:
     assert not gathered
 
 
+def test_a_plan_leaves_nothing_behind():
+    """What one plan decides of a call, here to leave its sum split, is nothing to the next."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(8, 16))
+            self.down = nn.Parameter(torch.randn(16, 8))
+            shard(self.up, "tp", dim=1)
+            shard(self.down, "tp", dim=0)
+
+        def forward(self, x):
+            return ((x @ self.up).relu() @ self.down).relu()
+
+    def scatters(length):
+        step = plan(Net(), "tp=2", step=lambda m, b: m(b).sum(), batch=torch.randn(2, length, 8))
+        events = [e for a in step.step.trace.root.walk() for e in a.events() if e.action]
+        return [e.action.scatter for e in events if e.action.scatter is not None]
+
+    assert not scatters(5)
+    assert scatters(4)
+    assert not scatters(5)
+
+
 @pytest.mark.parametrize("degree", [2, 4])
 def test_cases(pool: Pool, degree: int) -> None:
     names = [*MODULES, *(n for n, c in CASES.items() if degree in c.degrees)]

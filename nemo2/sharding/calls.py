@@ -65,7 +65,7 @@ class Operand:
         self.layout = layout
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
     """What a rule decided: the layout of the results, and how the call runs."""
 

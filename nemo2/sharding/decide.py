@@ -10,7 +10,7 @@ the plan. Inside pipeline blocks a gather over ``cp`` is refused: it would undo 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -95,7 +95,7 @@ def _decide_part(call: Call, out: Any) -> _Part | None:
             op.steps.clear()
         return _Part(call.axis, call, Outcome(), [], mixing)
     if outcome.kind in _SUMS:
-        _scatter(call, outcome, out)
+        outcome = _scatter(call, outcome, out)
     return _Part(call.axis, call, outcome, _vary(call, outcome))
 
 
@@ -112,19 +112,20 @@ def _vary(call: Call, outcome: Outcome) -> list[tuple[str, int]]:
     return partial
 
 
-def _scatter(call: Call, outcome: Outcome, out: Any) -> None:
+def _scatter(call: Call, outcome: Outcome, out: Any) -> Outcome:
     """Leave a sum over ``tp`` split along the sequence, where sequence parallelism is on."""
     sequence, outs = call.scene.sequence, tensors(out)
     if not call.scene.scatter or len(sequence) != 1 or len(outs) != 1:
-        return
+        return outcome
     layout = sequence[0]
     assert layout.dim is not None
     cp, tp = call.scene.degrees
     mean = outcome.kind == "partial" and outcome.value != "sum"
-    if not mean and outs[0].shape[layout.dim] // layout.outer % (cp * tp) == 0:
-        outcome.layouts, outcome.scatter = layout, layout
-        for op in call.operands:
-            op.exempt = False  # a bias, added to a part of the tokens
+    if mean or outs[0].shape[layout.dim] // layout.outer % (cp * tp):
+        return outcome
+    for op in call.operands:
+        op.exempt = False  # a bias, added to a part of the tokens
+    return replace(outcome, layouts=layout, scatter=layout)
 
 
 def _mixing(call: Call) -> ShardingError | None:
