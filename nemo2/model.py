@@ -211,7 +211,7 @@ class ParallelModel(nn.Module):
         outputs = self.run_forward(step, (args, kwargs), key=("forward",))
         output = outputs[0] if outputs else None
         output = self.from_last_stage(output) if broadcast_output else output
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.params.values())
+        trains = torch.is_grad_enabled() and any(e.view.requires_grad for e in self.storage)
         return without_gradients(output) if trains else output
 
     def run_forward(

@@ -1,4 +1,4 @@
-"""Where a module holds its parameters."""
+"""Where a module holds its parameters, and what dotted names say of places."""
 
 from __future__ import annotations
 
@@ -54,3 +54,8 @@ def in_order(modules: Iterable[nn.Module], where: Sequence[Place]) -> None:
         for leaf in own:
             if leaf in held:
                 held[leaf] = held.pop(leaf)
+
+
+def within(name: str, module: str) -> bool:
+    """Say whether a dotted name is that of a module or of something inside of it."""
+    return name == module or name.startswith(f"{module}.")

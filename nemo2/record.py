@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -52,8 +51,7 @@ class Recorder(CallRecorder):
     ) -> Any:
         block = self.block_index.get(name)
         with suspended():
-            before = self.repeats and self.repeats.before(self, name, module, args, kwargs)
-            given = (args, kwargs)
+            call = self.repeats and self.repeats.call(self, name, module, args, kwargs)
             ordinal = self.ordinals[name] = self.ordinals.get(name, -1) + 1
             start = len(self.values)
             if kwargs.get("output_router_logits") and torch.is_grad_enabled():
@@ -61,9 +59,9 @@ class Recorder(CallRecorder):
             if block is not None:
                 self._enter_block(name, block, ordinal)
                 self._note_uses([x for x in tree_leaves((args, kwargs)) if is_absent(x)])
-            if self.repeats and before and before.key in self.repeats.known:
-                with suppress(KeyError):
-                    return self.repeats.copy(self, before, name, given)
+            again = call and call.again()
+            if again:
+                return again.record()
         activation = Activation(name, ordinal, is_leaf(module), block, depth=len(self.functions))
         activation.first = self.numbers
         self.stack[-1].items.append(activation)
@@ -91,8 +89,8 @@ class Recorder(CallRecorder):
             self._rekey(name, ordinal, out, start)
             activation.outputs = tuple(identity(x) for x in tree_leaves(out) if is_absent(x))
             out = self._exit(activation, out)
-            if self.repeats and before:
-                self.repeats.after(self, before, name, module, given, out)
+            if call:
+                call.keep(activation, out)
             return out
 
     def _enter(self, activation: Activation, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -210,17 +208,14 @@ class Recorder(CallRecorder):
         """
         if not self.setting.by_module:
             return activation.block is not None
-        params = [p for m in module.modules() for p in m._parameters.values()]
-        whole = all(x is None or not is_absent(x) or x.layouts == WHOLE for x in params)
+        whole = not _is_split(module)
         return bool(activation.module) and self._in_block() and whole and self.degrees[0] == 1
 
     def _advised(
         self, said: str, activation: Activation, module: nn.Module
     ) -> NeedsValueError | None:
         """Say what would work inside of a block: there only split parameters forbid such code."""
-        params = [x for sub in module.modules() for x in sub._parameters.values()]
-        split = any(x is not None and is_absent(x) and x.layouts != WHOLE for x in params)
-        if not split or not self._in_block() or _WHOLE_INSTEAD in said:
+        if not _is_split(module) or not self._in_block() or _WHOLE_INSTEAD in said:
             return None
         pattern = re.sub(r"\b\d+\b", "*", activation.module)
         return NeedsValueError(
@@ -298,6 +293,12 @@ class Recorder(CallRecorder):
             self.notes,
             self.repeats.repeated if self.repeats else {},
         )
+
+
+def _is_split(module: nn.Module) -> bool:
+    """Say whether a parameter of the module or of one inside of it is split."""
+    params = (x for sub in module.modules() for x in sub._parameters.values())
+    return any(x is not None and is_absent(x) and x.layouts != WHOLE for x in params)
 
 
 def _gathered(leaves: Sequence[Any]) -> Iterator[Entry]:

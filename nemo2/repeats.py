@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .pipeline.absent import Absent, is_absent
+from .pipeline.absent import Absent, is_absent, to_meta
 from .pipeline.shapes import memory
+from .places import within
 from .pytree import tree_flatten, tree_leaves, tree_unflatten
 from .sharding.annotate import OWN_ATTRIBUTES
 from .trace import Activation, BlockOutput, Event, Value, identity, saved_hooks
@@ -101,7 +102,6 @@ class _Known:
     """What a block did, and what it was given and gave.
 
     Attributes:
-        place: names of the modules around it.
         numbers: how many torch calls it made.
         given, gave: leaves of its arguments and of its result.
         counts: how often each inner module was called.
@@ -111,7 +111,6 @@ class _Known:
 
     name: str
     activation: Activation
-    place: tuple[str, ...]
     numbers: int
     given: list[Any]
     gave: list[Any]
@@ -121,17 +120,6 @@ class _Known:
     partial: dict[str, list[tuple[int, int]]]
     full: list[str]
     output: BlockOutput | None
-
-
-@dataclass(frozen=True)
-class _Before:
-    """The state of a recorder before a block."""
-
-    key: Any
-    state: tuple[Any, ...]
-    copied: frozenset[int]
-    names: list[str]
-    params: list[str]
 
 
 class Repeats:
@@ -152,98 +140,32 @@ class Repeats:
         self.known: dict[Any, _Known] = {}
         self.repeated: dict[str, str] = {}
 
-    def before(
+    def call(
         self, recorder: Recorder, name: str, module: nn.Module, args: Any, kwargs: Any
-    ) -> _Before | None:
-        """Return what tells this call from others, or None if it must run and is not kept."""
+    ) -> _Call | None:
+        """Return the call of a block, or None if it must run and is not kept."""
         if name not in self.blocks or recorder.functions or saved_hooks() is not None:
-            return None
-        try:
-            own = self._print(name, module)
-            given = _arguments((args, kwargs))
-            key = (own, given, torch.is_grad_enabled(), _autocast(), self.apart(name))
-        except _UnlikeError:
             return None
         names = [f"{name}.{inner}" if inner else name for inner, _ in module.named_modules()]
         params = [f"{name}.{leaf}" for leaf, _ in module.named_parameters()]
-        if any(n in recorder.ordinals for n in names):
+        if recorder.ordinals.keys() & names or recorder.param_uses.keys() & params:
             return None
-        if any(n in recorder.param_uses for n in params):
+        try:
+            return _Call(self, recorder, name, module, (args, kwargs), names, params)
+        except _UnlikeError:
             return None
-        return _Before(key, self._state(recorder), frozenset(recorder.copied), names, params)
 
-    def after(
-        self,
-        recorder: Recorder,
-        before: _Before,
-        name: str,
-        module: nn.Module,
-        given: Any,
-        gave: Any,
-    ) -> None:
-        """Keep what a block has done, if another one may have done the same."""
-        activation = recorder.stack[-1].items[-1]
-        assert isinstance(activation, Activation)
-        events = [e for a in activation.walk() for e in a.events()]
-        leaves, spec = tree_flatten(gave)
-        inputs = tree_leaves(given)
-        held = {memory(x.meta if is_absent(x) else x) for x in (*inputs, *leaves) if _is_tensor(x)}
-        try:
-            same = (self._print(name, module), _arguments(given)) == before.key[:2]
-        except _UnlikeError:
-            return
-        if (
-            not same
-            or self._state(recorder) != before.state
-            or any(e.draws and not e.operands for e in events)
-            or any(a.closed is not None for a in activation.walk())
-            or held & (recorder.copied - before.copied)
-            or not all(is_absent(x) or _at(x, inputs) is not None or _plain(x) for x in leaves)
-        ):
-            return
-        used = [n for n in before.params if n in recorder.param_uses]
-        self.known[before.key] = _Known(
-            name,
-            activation,
-            tuple(a.module for a in recorder.stack),
-            recorder.numbers - activation.first,
-            inputs,
-            leaves,
-            spec,
-            {n: recorder.ordinals[n] for n in before.names if n in recorder.ordinals},
-            {n: frozenset(recorder.param_scopes[n]) for n in used},
-            {n: list(recorder.partial_uses[n]) for n in used if n in recorder.partial_uses},
-            [n for n in used if n in recorder.full_uses],
-            recorder.block_outputs.get(activation.block) if activation.block is not None else None,
-        )
-
-    def copy(self, recorder: Recorder, before: _Before, name: str, given: Any) -> Any:
-        """Record a call as that of a block that is known; return its result.
-
-        Raises: KeyError if none is known that it is alike to.
-        """
-        known = self.known[before.key]
-        place = tuple(a.module for a in recorder.stack)
-        inputs = tree_leaves(given)
-        again = _Again(recorder, known, name, inputs, place)
-        try:
-            again.check()
-            activation = again.activation(known.activation)
-        except _UnlikeError:
-            raise KeyError(name) from None
-        again.commit(activation)
-        self.repeated[name] = known.name
-        recorder.stack[-1].items.append(activation)
-        return tree_unflatten(known.spec, again.results(activation))
-
-    def _state(self, recorder: Recorder) -> tuple[Any, ...]:
+    def state(self, recorder: Recorder) -> tuple[Any, ...]:
         """Return what a block that can be copied leaves as it is."""
         notes = recorder.notes
         kept = (len(notes.escaped), len(notes.reentrant), len(notes.closed), len(notes.draws))
         return (*kept, notes.router_logits, self.numbers.touched)
 
-    def _print(self, block: str, module: nn.Module) -> Any:
-        """Return what tells how a block works: equal ones do the same with the same arguments."""
+    def describe(self, block: str, module: nn.Module) -> Any:
+        """Return what tells how a block works: equal ones do the same with the same arguments.
+
+        Raises: _UnlikeError for what might do something else each time.
+        """
         found = []
         for inner, sub in module.named_modules():
             name = f"{block}.{inner}" if inner else block
@@ -265,18 +187,94 @@ class Repeats:
         return tuple(found)
 
 
-class _Again:
-    """A copy of what a block did, under the names and numbers of another one."""
+class _Call:
+    """A call of a block: what tells it from others, and the recorder as it was before it.
+
+    Raises: _UnlikeError if it has something about it that nothing else can be alike to.
+    """
 
     def __init__(
         self,
+        repeats: Repeats,
+        recorder: Recorder,
+        name: str,
+        module: nn.Module,
+        given: Any,
+        names: list[str],
+        params: list[str],
+    ) -> None:
+        self.repeats, self.recorder, self.name, self.module = repeats, recorder, name, module
+        self.given, self.names, self.params = given, names, params
+        self.facts = self._facts()
+        place = tuple(a.module for a in recorder.stack)
+        self.key = (self.facts, place, torch.is_grad_enabled(), _autocast(), repeats.apart(name))
+        self.state, self.copied = repeats.state(recorder), frozenset(recorder.copied)
+
+    def _facts(self) -> Any:
+        return self.repeats.describe(self.name, self.module), _arguments(self.given)
+
+    def again(self) -> _Again | None:
+        """Return what an earlier block did, as this one would do it; None if it has to run."""
+        known = self.repeats.known.get(self.key)
+        if known is None:
+            return None
+        try:
+            return _Again(self.repeats, self.recorder, known, self.name, tree_leaves(self.given))
+        except _UnlikeError:
+            return None
+
+    def keep(self, activation: Activation, gave: Any) -> None:
+        """Keep what the block has done, if another one may do the same."""
+        recorder = self.recorder
+        events = [e for a in activation.walk() for e in a.events()]
+        leaves, spec = tree_flatten(gave)
+        inputs = tree_leaves(self.given)
+        shown = [x for x in (*inputs, *leaves) if isinstance(x, Tensor)]
+        held = {memory(x.meta if is_absent(x) else x) for x in shown}
+        try:
+            same = self._facts() == self.facts
+        except _UnlikeError:
+            return
+        if (
+            not same
+            or self.repeats.state(recorder) != self.state
+            or any(e.draws and not e.operands for e in events)
+            or any(a.closed is not None for a in activation.walk())
+            or held & (recorder.copied - self.copied)
+            or not all(is_absent(x) or _at(x, inputs) is not None or _plain(x) for x in leaves)
+        ):
+            return
+        used = [n for n in self.params if n in recorder.param_uses]
+        self.repeats.known[self.key] = _Known(
+            self.name,
+            activation,
+            recorder.numbers - activation.first,
+            inputs,
+            leaves,
+            spec,
+            {n: recorder.ordinals[n] for n in self.names if n in recorder.ordinals},
+            {n: frozenset(recorder.param_scopes[n]) for n in used},
+            {n: list(recorder.partial_uses[n]) for n in used if n in recorder.partial_uses},
+            [n for n in used if n in recorder.full_uses],
+            recorder.block_outputs.get(activation.block) if activation.block is not None else None,
+        )
+
+
+class _Again:
+    """A copy of what a block did, under the names and numbers of another one.
+
+    Raises: _UnlikeError if the setting says of both something else, or a value is not found again.
+    """
+
+    def __init__(
+        self,
+        repeats: Repeats,
         recorder: Recorder,
         known: _Known,
         name: str,
         inputs: Sequence[Any],
-        place: tuple[str, ...],
     ) -> None:
-        self.recorder, self.known, self.name, self.place = recorder, known, name, place
+        self.repeats, self.recorder, self.known, self.name = repeats, recorder, known, name
         self.inputs = inputs
         self.shift = recorder.numbers - known.activation.first
         self.keys = {
@@ -284,14 +282,21 @@ class _Again:
             for old, new in zip(known.given, inputs, strict=True)
             if isinstance(old, Tensor) and identity(old) is not None
         }
+        self._check()
+        self.activation = self._activation(known.activation)
 
-    def check(self) -> None:
+    def record(self) -> Any:
+        """Put it into the record, and return what the block returns."""
+        self._count()
+        self.repeats.repeated[self.name] = self.known.name
+        self.recorder.stack[-1].items.append(self.activation)
+        return tree_unflatten(self.known.spec, self._results())
+
+    def _check(self) -> None:
         """See that the setting says of both the same."""
-        if self.place != self.known.place:
-            raise _UnlikeError
         setting = self.recorder.setting
         for a in self.known.activation.walk():
-            one, other = (a.module, a.ordinal), (self.named(a.module), a.ordinal)
+            one, other = (a.module, a.ordinal), (self._named(a.module), a.ordinal)
             for which in (setting.entries, setting.exits):
                 if which.get(one) != which.get(other):
                     raise _UnlikeError
@@ -300,60 +305,60 @@ class _Again:
                 if sequence.get(e.number) != sequence.get(e.number + self.shift):
                     raise _UnlikeError
 
-    def named(self, name: str) -> str:
+    def _named(self, name: str) -> str:
         old = self.known.name
-        return self.name + name[len(old) :] if _within(name, old) else name
+        return self.name + name[len(old) :] if within(name, old) else name
 
-    def key(self, key: Any) -> Any:
+    def _key(self, key: Any) -> Any:
         """Return the name of a value of this block, by that in the other."""
         if key is None:
             return None
         if key in self.keys:
             return self.keys[key]
         if isinstance(key, str):
-            if _within(key, self.known.name):
-                return self.named(key)
+            if within(key, self.known.name):
+                return self._named(key)
         elif key[0] == "call" and key[1] >= self.known.activation.first:
             return ("call", key[1] + self.shift, key[2])
-        elif key[0] in ("out", "edge") and _within(key[1], self.known.name):
-            return (key[0], self.named(key[1]), *key[2:])
+        elif key[0] in ("out", "edge") and within(key[1], self.known.name):
+            return (key[0], self._named(key[1]), *key[2:])
         raise _UnlikeError  # it came neither from the arguments nor from the block
 
-    def activation(self, old: Activation) -> Activation:
+    def _activation(self, old: Activation) -> Activation:
         return _with(
             old,
-            module=self.named(old.module),
+            module=self._named(old.module),
             block=None if old.block is None else self.recorder.block_index[self.name],
             items=[
-                self.activation(x) if isinstance(x, Activation) else self.event(x)
+                self._activation(x) if isinstance(x, Activation) else self._event(x)
                 for x in old.items
             ],
-            inputs=tuple(_with(x, key=self.key(x.key)) for x in old.inputs),
-            outputs=tuple(self.key(x) for x in old.outputs),
+            inputs=tuple(_with(x, key=self._key(x.key)) for x in old.inputs),
+            outputs=tuple(self._key(x) for x in old.outputs),
             first=old.first + self.shift,
         )
 
-    def event(self, old: Event) -> Event:
-        operands = tuple((self.key(k), shape) for k, shape in old.operands)
+    def _event(self, old: Event) -> Event:
+        operands = tuple((self._key(k), shape) for k, shape in old.operands)
         return _with(old, number=old.number + self.shift, operands=operands)
 
-    def commit(self, activation: Activation) -> None:
+    def _count(self) -> None:
         """Count the uses that the block makes of parameters."""
         recorder, known = self.recorder, self.known
         recorder.numbers += known.numbers
         recorder._note_uses([x for x in self.inputs if is_absent(x)])
-        recorder.ordinals.update({self.named(n): k for n, k in known.counts.items()})
+        recorder.ordinals.update({self._named(n): k for n, k in known.counts.items()})
         for name, scopes in known.scopes.items():
-            recorder.param_uses[self.named(name)] = {recorder.position}
-            recorder.param_scopes[self.named(name)] = {tuple(map(self.named, s)) for s in scopes}
+            recorder.param_uses[self._named(name)] = {recorder.position}
+            recorder.param_scopes[self._named(name)] = {tuple(map(self._named, s)) for s in scopes}
         for name, uses in known.partial.items():
-            recorder.partial_uses[self.named(name)] = [(n + self.shift, leaf) for n, leaf in uses]
-        recorder.full_uses |= set(map(self.named, known.full))
+            recorder.partial_uses[self._named(name)] = [(n + self.shift, leaf) for n, leaf in uses]
+        recorder.full_uses |= set(map(self._named, known.full))
         if known.output is not None:
-            assert activation.block is not None
-            recorder.block_outputs[activation.block] = known.output
+            assert self.activation.block is not None
+            recorder.block_outputs[self.activation.block] = known.output
 
-    def results(self, activation: Activation) -> list[Any]:
+    def _results(self) -> list[Any]:
         """Return the leaves of the result, with new stand-ins where the block makes them."""
         recorder, made = self.recorder, dict[int, Any]()
         for old in self.known.gave:
@@ -361,13 +366,10 @@ class _Again:
             if place is not None:
                 made[id(old)] = self.inputs[place]
             elif is_absent(old) and id(old) not in made:
-                new = made[id(old)] = Absent.like(tuple(old.meta.shape), old.meta.dtype, old.home)
-                new.meta = torch.empty_strided(
-                    old.meta.size(), old.meta.stride(), dtype=old.meta.dtype, device="meta"
-                )
+                new = made[id(old)] = Absent(to_meta(old.meta), old.home)
                 new.layouts, new.needs_grad = old.layouts, old.needs_grad
                 new.entered, new.unusable = old.entered, old.unusable
-                new.key = self.key(old.key)
+                new.key = self._key(old.key)
                 value = Value(new.key, new, recorder.position, len(recorder.values))
                 recorder.values[id(new)] = value
         return [made.get(id(x), x) for x in self.known.gave]
@@ -378,14 +380,6 @@ def _with(old: _T, **changed: Any) -> _T:
     new = object.__new__(type(old))
     vars(new).update(vars(old), **changed)
     return new
-
-
-def _within(name: str, block: str) -> bool:
-    return name == block or name.startswith(f"{block}.")
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, Tensor)
 
 
 def _at(x: Any, leaves: Sequence[Any]) -> int | None:

@@ -26,8 +26,8 @@ WIDTH = 8
 def planned(build, batch, loss, mesh, dtype, *, repeats, **options) -> Any:
     """Return the plan of a step, or the text of the refusal; and which blocks were repeated."""
     given = {"pipeline": Pipeline(microbatches=2), **options}
-    run = Repeats.before if repeats else lambda *args: None
-    with mock.patch.object(Repeats, "before", run), warnings.catch_warnings():
+    run = Repeats.call if repeats else lambda *args: None
+    with mock.patch.object(Repeats, "call", run), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             model = build().to(dtype)

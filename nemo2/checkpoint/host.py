@@ -37,7 +37,7 @@ class HostMemory:
 
     def prepare(self, shards: Sequence[Shard]) -> None:
         """Get the memory for shards of this size, its pages in a thread; none if it is there."""
-        if self._make(size_of(shards)):
+        if self._make(_size_of(shards)):
             assert self._region is not None
             self._touching = threading.Thread(
                 target=self._touch, args=(self._region,), name="nemo2-memory"
@@ -46,9 +46,10 @@ class HostMemory:
 
     def copies(self, shards: Sequence[Shard]) -> list[Shard]:
         """Return the shards with copies of their tensors in this memory; the last ones are gone."""
-        self._make(size_of(shards))
+        self._make(_size_of(shards))
         self._wait()
-        if any(shard.held.is_cuda for shard in shards):
+        cuda = any(shard.held.is_cuda for shard in shards)
+        if cuda:
             self._lock()
         copies, at = [], 0
         for shard in shards:
@@ -57,7 +58,7 @@ class HostMemory:
             host.copy_(held, non_blocking=held.is_cuda)  # they overlap, and one wait is enough
             copies.append(replace(shard, held=host))
             at += _aligned(held.nbytes)
-        if any(shard.held.is_cuda for shard in shards):
+        if cuda:
             torch.cuda.synchronize()
         return copies
 
@@ -114,7 +115,7 @@ def _cudart() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
-def size_of(shards: Sequence[Shard]) -> int:
+def _size_of(shards: Sequence[Shard]) -> int:
     """Return the bytes that copies of the shards take."""
     return sum(_aligned(shard.held.nbytes) for shard in shards)
 

@@ -9,6 +9,7 @@ from functools import cache
 from torch import Tensor, nn
 
 from ..options import Pipeline
+from ..places import within
 
 
 def block_costs(
@@ -32,7 +33,7 @@ def block_costs(
     for name, module in model.named_modules(remove_duplicate=False):
         if index < len(blocks) and name == blocks[index]:
             block, index = name, index + 1
-        inside = bool(block) and (name == block or name.startswith(f"{block}."))
+        inside = bool(block) and within(name, block)
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             continue
         weights = [p for p in module._parameters.values() if p is not None and p.ndim > 1]

@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import PipelineError
 from ..mesh.sizes import MeshSizes
 from ..options import Pipeline
+from ..places import within
 from ..sharding.layout import local_shape
 from ..trace import Trace
 from .balance import spread
@@ -147,7 +148,7 @@ def stage_of(position: int, stages: Sequence[StagePlan]) -> int:
 
 def block_of(name: str, blocks: Sequence[str]) -> int | None:
     """Return which block holds the parameter or module called ``name``, if one does."""
-    return next((i for i, b in enumerate(blocks) if name == b or name.startswith(f"{b}.")), None)
+    return next((i for i, b in enumerate(blocks) if within(name, b)), None)
 
 
 def ranks_of(indices: Iterable[int], stages: Sequence[StagePlan]) -> tuple[int, ...]:

@@ -234,12 +234,13 @@ def vocab_embedding(ids: Tensor, weight: Tensor, padding_idx: int | None, axis: 
     Raises: IndexError for an index out of range; on a GPU an assertion there, as torch does.
     """
     rows = weight.shape[0]
-    inside = (ids >= 0) & (ids < rows * axis.degree)
-    try:
-        torch._assert_async(  # a plain assert would wait for the GPU
-            inside.all(), f"embedding: an index is not in [0, {rows * axis.degree})"
-        )
+    total_rows = rows * axis.degree
+    inside = ((ids >= 0) & (ids < total_rows)).all()
+    try:  # a plain assert would wait for the GPU
+        torch._assert_async(inside, f"embedding: an index is not in [0, {total_rows})")
     except RuntimeError as error:
+        if ids.is_cuda:  # there it is an earlier failure that comes to light
+            raise
         raise IndexError(str(error)) from None  # as one device does
     local = ids - axis.rank * rows
     here = (local >= 0) & (local < rows)

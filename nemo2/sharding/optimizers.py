@@ -87,6 +87,8 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _check(optimizer: Optimizer) -> None:
     """Refuse what would step otherwise than on one device, or cannot."""
+    if not isinstance(optimizer, (optim.LBFGS, optim.Adafactor)):
+        return
     params = (p for group in optimizer.param_groups for p in group["params"])
     mine = next((p for p in params if p in _views), None)
     if mine is None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..pipeline.absent import Absent, NeedsValueError, is_absent, name_of, to_meta
+from ..places import within
 from ..planning import run_step
 from ..pytree import tree_leaves, tree_unflatten
 from ..record import Recorder, is_leaf
@@ -107,7 +108,7 @@ class Prover(Recorder):
 
     def apart(self, block: str) -> Any:
         """Return what tells a block from others here: its record, and what of it is emulated."""
-        inside = {n for n in self.emulated if n == block or n.startswith(f"{block}.")}
+        inside = {n for n in self.emulated if within(n, block)}
         return self.repeated.get(block, block), frozenset(n[len(block) :] for n in inside)
 
     def attempt(self, step: Callable[[], Any]) -> str | None:

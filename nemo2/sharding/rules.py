@@ -401,8 +401,7 @@ def _reduce_rule(call: Call, out: Any) -> Outcome:
         return _pointwise_rule(call, out)
     if len(call.operands) > 1 or x.dim is None:
         return call.gather()
-    value = _dim_arg(call)
-    dims = _dims(value, x.ndim)
+    dims = _dims(_dim_arg(call, 2 if call.name in _NORMS else 1), x.ndim)
     outs = tensors(out)
     keep = outs[0].ndim == x.ndim
     if x.dim in dims:
@@ -412,16 +411,6 @@ def _reduce_rule(call: Call, out: Any) -> Outcome:
         return Outcome()
     dim = x.dim if keep else x.dim - sum(d < x.dim for d in dims)
     return Outcome(x.layout.at(dim))
-
-
-def _vector_norm_rule(call: Call, out: Any) -> Outcome:
-    """``norm(x, p, dim)``: each vector's own."""
-    x, dim = call.operands[0], call.arg(2, "dim")
-    if dim is None or len(call.operands) > 1 or x.dim is None or x.dim in _dims(dim, x.ndim):
-        return call.gather()
-    dims = _dims(dim, x.ndim)
-    keep = tensors(out)[0].ndim == x.ndim
-    return Outcome(x.layout.at(x.dim if keep else x.dim - sum(d < x.dim for d in dims)))
 
 
 def _normalize_rule(call: Call, out: Any) -> Outcome:
@@ -494,6 +483,7 @@ _VIEWS = _words(
 )
 _ALONG = _words("softmax log_softmax cumsum cumprod sort argsort glu softmin logcumsumexp")
 _REDUCTIONS = _words("sum mean amax amin max min argmax argmin var std logsumexp prod any all")
+_NORMS = _words("norm linalg_norm linalg_vector_norm")  # (x, order, dim)
 _CONSTRUCTORS = _words(
     "empty_like zeros_like ones_like full_like rand_like randn_like randint_like"
 )
@@ -535,11 +525,10 @@ _RULES: dict[str, Rule] = {
     "stack": _stack_rule,
     **dict.fromkeys(_ALONG, _along_rule),
     "topk": _topk_rule,
-    **dict.fromkeys(_words("norm linalg_norm linalg_vector_norm"), _vector_norm_rule),
     "normalize": _normalize_rule,
     "cosine_similarity": _cosine_rule,
     **dict.fromkeys(("layer_norm", "rms_norm"), _norm_rule),
-    **dict.fromkeys(_REDUCTIONS, _reduce_rule),
+    **dict.fromkeys((*_REDUCTIONS, *_NORMS), _reduce_rule),
     **dict.fromkeys(_words("matmul __matmul__ __rmatmul__ bmm mm mv dot"), matmul_rule),
     **dict.fromkeys(_words("grouped_mm _grouped_mm grouped_mm_fallback"), grouped_mm_rule),
     "linear": linear_rule,

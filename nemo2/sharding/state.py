@@ -51,28 +51,32 @@ def gather_params(storage: Storage, plan: Plan, groups: MeshGroups) -> dict[str,
         if groups.pp_rank == entry.plan.ranks[0]:
             held = _gathered(entry.wrap(entry.local, storage.mesh))
             own[entry.name] = in_original_order(held, entry.plan, groups.sizes.tp)
-    everything = _share(own, groups) if len(plan.stages) > 1 else own
+    everything = _share(own, groups.pp, groups.device) if len(plan.stages) > 1 else own
     for param in plan.params:
         for alias in param.aliases:
             everything[alias] = everything[param.name]
     return everything
 
 
-def _share(own: dict[str, Tensor], groups: MeshGroups) -> dict[str, Tensor]:
-    """Give every pipeline rank's tensors to all of them."""
+def _share(
+    own: dict[str, Tensor], group: dist.ProcessGroup, device: torch.device
+) -> dict[str, Tensor]:
+    """Give the tensors of each rank of a group to all of them, those of the first rank first."""
+    ranks = dist.get_process_group_ranks(group)
+    facts = [(n, tuple(t.shape), t.dtype) for n, t in own.items()]
+    everyone: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(everyone, facts, group=group)
     everything: dict[str, Tensor] = {}
-    for rank in range(groups.sizes.pp):
-        source = dist.get_global_rank(groups.pp, rank)
-        here = rank == groups.pp_rank
-        box: list[Any] = [[(n, tuple(t.shape), t.dtype) for n, t in own.items()] if here else None]
-        dist.broadcast_object_list(box, src=source, group=groups.pp, device=groups.device)
-        for name, shape, dtype in box[0]:
+    for source, theirs in zip(ranks, everyone, strict=True):
+        here = source == dist.get_rank()
+        for name, shape, dtype in theirs:
             value = (
-                own[name].contiguous()
+                own[name].to(device).contiguous()
                 if here
-                else torch.empty(shape, dtype=dtype, device=groups.device)
+                else torch.empty(shape, dtype=dtype, device=device)
             )
-            dist.broadcast(value, src=source, group=groups.pp)
+            if value.numel():
+                dist.broadcast(value, src=source, group=group)
             everything[name] = value
     return everything
 
@@ -91,22 +95,8 @@ def gather_buffers(module: nn.Module, plan: Plan, groups: MeshGroups) -> dict[st
         return held
     first = groups.dp_rank == groups.cp_rank == groups.tp_rank == 0
     owners = buffer_owners(plan, module)
-    own = [n for n in held if first and owners[n] == groups.pp_rank]
-    mine = [(n, tuple(held[n].shape), held[n].dtype) for n in own]
-    ranks = dist.get_process_group_ranks(groups.world)
-    everyone: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(everyone, mine, group=groups.world)
-    shared: dict[str, Tensor] = {}
-    for source, theirs in zip(ranks, everyone, strict=True):
-        for name, shape, dtype in theirs:
-            value = (
-                held[name].to(groups.device).contiguous()
-                if source == groups.rank
-                else torch.empty(shape, dtype=dtype, device=groups.device)
-            )
-            if value.numel():
-                dist.broadcast(value, src=source, group=groups.world)
-            shared[name] = value
+    own = {n: b for n, b in held.items() if first and owners[n] == groups.pp_rank}
+    shared = _share(own, groups.world, groups.device)
     return {n: shared[n] for n in held if n in shared}
 
 
