@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -37,6 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _verify(args) if args.command == "verify" else _checkpoint(args)
     except Nemo2Error as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # what reads the output has had enough: show ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if args.command == "verify":
+            raise  # from the user's own code
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
 
@@ -84,14 +93,14 @@ def _checkpoint(args: argparse.Namespace) -> int:
     from .checkpoint import tools
 
     if args.doing == "show":
-        print(tools.show(args.path, check=args.check))
+        status, said = 0, tools.show(args.path, check=args.check)
     elif args.doing == "convert":
-        print(tools.convert(args.path, args.out, args.format, args.part))
+        status, said = 0, tools.convert(args.path, args.out, args.format, args.part)
     else:
         found = tools.diff(args.path, args.other)
-        print(found or "equal")
-        return 1 if found else 0
-    return 0
+        status, said = int(bool(found)), found or "equal"
+    print(said, flush=True)
+    return status
 
 
 def _load(text: str) -> Any:

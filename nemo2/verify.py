@@ -411,8 +411,11 @@ def _worst_of_all_ranks(
 
 
 def _spawn(job: _Job, sizes: MeshSizes) -> Report:
-    """Run the job in new processes, one for each rank."""
-    from torch.multiprocessing.spawn import spawn
+    """Run the job in new processes, one for each rank.
+
+    Raises: the Nemo2Error of the first rank that has one.
+    """
+    from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
     try:
         text = pickle.dumps((job, sizes))
@@ -425,7 +428,14 @@ def _spawn(job: _Job, sizes: MeshSizes) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         result = os.path.join(folder, "report")
         start: Any = spawn  # untyped upstream
-        start(_worker, (sizes.world, text, folder, result), nprocs=sizes.world)
+        try:
+            start(_worker, (sizes.world, text, folder, result), nprocs=sizes.world)
+        except ProcessRaisedException:
+            for rank in range(sizes.world):
+                if os.path.exists(said := f"{result}{rank}"):
+                    with open(said, "rb") as file:
+                        raise pickle.load(file) from None
+            raise
         with open(result, "rb") as file:
             report: Report = pickle.load(file)
     return report
@@ -440,7 +450,12 @@ def _worker(rank: int, world: int, text: bytes, folder: str, result: str) -> Non
     backend = "cpu:gloo,cuda:nccl" if job.device == "cuda" else "gloo"
     store = f"file://{os.path.join(folder, 'store')}"
     dist.init_process_group(backend, init_method=store, rank=rank, world_size=world)
-    report = job.run(_mesh_of(sizes, job.device))
+    try:
+        report = job.run(_mesh_of(sizes, job.device))
+    except Nemo2Error as error:
+        with open(f"{result}{rank}", "wb") as file:
+            pickle.dump(error, file)
+        raise
     if rank == 0:
         with open(result, "wb") as file:
             pickle.dump(report, file)

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils._pytree import tree_flatten
 
+import nemo2
+from tests.lightning_programs import Lit, data, trainer
 from tests.pool import Pool
-from tests.trainer_features import FEATURES, FEATURES_REFUSED, feature, on_meta, refusal
+from tests.trainer_features import (
+    FEATURES,
+    FEATURES_REFUSED,
+    NoNumber,
+    Run,
+    feature,
+    on_meta,
+    refusal,
+)
 
 LOOSE = {"precision_32": 1e-4, "precision_bf16": 2e-2}
 
@@ -35,6 +48,55 @@ def test_refused(pool: Pool, tmp_path: Path, name: str) -> None:
     says = FEATURES_REFUSED[name][1]
     for message in pool.run(4, refusal, name, str(tmp_path)):
         assert re.search(says, message), message
+
+
+def told(folder: str) -> list[str]:
+    """Validate samples that dp does not divide, and save amid accumulated gradients."""
+    run = Run(folder, True)
+    made = run.trainer(accumulate_grad_batches=2, max_steps=2)
+    torch.manual_seed(1)
+    module = Lit()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made.fit(module, run.data(), run.data(16))
+        made.validate(module, run.data(17), verbose=False)
+    return [str(w.message) for w in caught]
+
+
+def saves_amid(folder: str) -> list[str]:
+    keep = ModelCheckpoint(folder, monitor="val_loss", save_top_k=-1)
+    run, options = Run(folder, True), {"accumulate_grad_batches": 2, "val_check_interval": 3}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.fit(callbacks=[keep], max_steps=2, enable_checkpointing=True, **options)
+    return [str(w.message) for w in caught]
+
+
+def anomaly(folder: str) -> str:
+    strategy = nemo2.MegatronStrategy(tp=2)
+    options = {"detect_anomaly": True, "val_check_interval": 1.0}
+    made = trainer(folder, strategy=strategy, devices=2, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(Error detected in|Anomaly Detection)")
+        with pytest.raises(RuntimeError) as caught:
+            made.fit(NoNumber(), data(8, 16), data(8, 16))
+    return str(caught.value)
+
+
+def test_an_anomaly_ends_training_on_all_ranks(pool: Pool, tmp_path: Path) -> None:
+    for said in pool.run(2, anomaly, str(tmp_path)):
+        assert "returned nan values" in said
+
+
+def test_samples_read_twice_are_told(pool: Pool, tmp_path: Path) -> None:
+    said = pool.run(4, told, str(tmp_path))[0]
+    (one,) = [text for text in said if "read twice" in text]
+    assert "the first 1 are read twice" in one
+
+
+def test_a_save_amid_accumulated_gradients_is_told(pool: Pool, tmp_path: Path) -> None:
+    said = pool.run(4, saves_amid, str(tmp_path))[0]
+    assert [t for t in said if "saved after 1 of 2 batches whose gradients are" in t]
 
 
 def test_configure_model_on_meta(pool: Pool, tmp_path: Path) -> None:

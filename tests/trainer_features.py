@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import struct
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     Subset,
@@ -147,6 +149,21 @@ def fast_dev_run(run: Run) -> Any:
 
 def detect_anomaly(run: Run) -> Any:
     return run.fit(detect_anomaly=True)
+
+
+def test_and_predict(run: Run) -> Any:
+    made = run.trainer(limit_test_batches=2, limit_predict_batches=1)
+    torch.manual_seed(1)
+    module = Lit()
+    tested = made.test(module, run.data(), verbose=False)
+    (own,) = made.predict(module, run.data())
+    parts = {run.reader: own}
+    if run.on_mesh:
+        everyone: list[Any] = [None] * 4
+        torch.distributed.all_gather_object(everyone, (run.reader, own))
+        parts = dict(everyone)
+    whole = torch.stack([parts[i] for i in sorted(parts)], 1).flatten(0, 1)
+    return tested, whole.double().mean(dim=(1, 2)).tolist()
 
 
 def clip_by_norm(run: Run) -> Any:
@@ -305,17 +322,35 @@ def any_logger(run: Run) -> Any:
 
 
 def progress_bars(run: Run) -> Any:
-    return [
-        run.fit(callbacks=[bar], enable_progress_bar=True)
-        for bar in (lightning_callbacks.RichProgressBar(), lightning_callbacks.TQDMProgressBar())
-    ]
+    rich, plain = lightning_callbacks.RichProgressBar(), lightning_callbacks.TQDMProgressBar()
+    made = [run.fit(callbacks=[bar], enable_progress_bar=True) for bar in (rich, plain)]
+    shown: list[Any] = [None]
+    if not run.on_mesh or torch.distributed.get_rank() == 0:
+        text = rich._metric_component.render(rich.progress.tasks[0]).plain
+        shown = [(text.split(), plain.train_progress_bar.postfix)]
+        assert "loss_step" in text
+        assert "loss_step=" in shown[0][1]
+    if run.on_mesh:
+        torch.distributed.broadcast_object_list(shown)
+    return made, shown
 
 
 def summaries(run: Run) -> Any:
-    return [
-        run.fit(callbacks=[summary(max_depth=2)], enable_model_summary=True)
-        for summary in (lightning_callbacks.ModelSummary, lightning_callbacks.RichModelSummary)
-    ]
+    """They count the parameters of the whole model, not of a stage."""
+    read: list[Any] = []
+
+    def note(data: Any, total: int, trainable: int, *rest: Any, **more: Any) -> None:
+        read.append((data, total, trainable))
+
+    for kind in (lightning_callbacks.ModelSummary, lightning_callbacks.RichModelSummary):
+        with mock.patch.object(kind, "summarize", staticmethod(note)):
+            run.fit(callbacks=[kind(max_depth=2)], enable_model_summary=True)
+    assert run.on_mesh or len(read) == 2
+    if run.on_mesh:
+        box = [read]
+        torch.distributed.broadcast_object_list(box)
+        read = box[0]
+    return read
 
 
 def device_stats(run: Run) -> Any:
@@ -334,7 +369,9 @@ def device_stats(run: Run) -> Any:
 
 
 def timer(run: Run) -> Any:
-    return run.fit(max_time="00:01:00:00")
+    result = run.fit(max_time={"microseconds": 1})
+    assert result["steps"] == 1
+    return run.fit(max_time="00:01:00:00"), result
 
 
 def accumulation_scheduler(run: Run) -> Any:
@@ -366,6 +403,56 @@ def moving_average(run: Run) -> Any:
     module = Lit()
     made.fit(module, run.data(), run.data(16))
     return made.validate(module, run.data(16), verbose=False)
+
+
+class Gathers(Lit):
+    """Gathers over the replicas in its steps and in its hooks."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss, logits = self.loss(batch)
+        self.log("loss", loss)
+        self.log("squares", self.all_gather(logits.detach()).square().mean())
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.all_gather(self.loss(batch)[0]).mean())
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        mine = torch.tensor(float(self.trainer.strategy.global_rank % 2))
+        self.readers = sorted(self.all_gather(mine).reshape(-1).tolist())
+
+    def on_train_epoch_end(self) -> None:
+        assert self.readers == [0.0, 1.0][: len(self.readers)]
+
+
+def all_gather(run: Run) -> Any:
+    return run.fit(Gathers)
+
+
+class Recording(Memory):
+    """A logger with an experiment, as TensorBoard's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experiment = mock.Mock()
+
+
+class LogsItself(Lit):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.logger.experiment.add_scalar("mine", float(batch[0].max()), self.global_step)
+        loss, _ = self.loss(batch)
+        self.log("loss", loss)
+        return loss
+
+
+def logger_in_a_step(run: Run) -> Any:
+    """What a step tells a logger itself is told when it runs, not when it is planned."""
+    logger = Recording()
+    result = run.fit(LogsItself, logger=logger)
+    each = 2 if run.on_mesh else 1  # microbatches
+    steps = [call.args[2] for call in logger.experiment.add_scalar.call_args_list]
+    assert steps == [step for step in range(4) for _ in range(each)]
+    return result
 
 
 # --- data
@@ -428,6 +515,7 @@ FEATURES: dict[str, Callable[[Run], Any]] = {
         limit_batches,
         fast_dev_run,
         detect_anomaly,
+        test_and_predict,
         clip_by_norm,
         precision_32,
         precision_bf16,
@@ -446,6 +534,8 @@ FEATURES: dict[str, Callable[[Run], Any]] = {
         timer,
         accumulation_scheduler,
         moving_average,
+        all_gather,
+        logger_in_a_step,
         iterable_dataset,
         samplers,
         batch_sampler,
@@ -461,6 +551,28 @@ FEATURES: dict[str, Callable[[Run], Any]] = {
 class TwoOptimizers(Lit):
     def configure_optimizers(self) -> Any:
         return [torch.optim.SGD([p], lr=0.1) for p in list(self.parameters())[:2]]
+
+
+class Reads(Lit):
+    """Takes its batches itself."""
+
+    def training_step(self, dataloader_iter: Any) -> Any:
+        batch, _, _ = next(dataloader_iter)
+        return self.loss(batch)[0]
+
+
+class NoNumber(Lit):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (0 * self.loss(batch)[0]).sqrt()
+
+
+class Changed(TensorDataset):
+    """Samples are changed at random, by a generator that no one has seeded alike."""
+
+    def __getitem__(self, index: int) -> Any:
+        ids, labels = super().__getitem__(index)
+        by_rank = torch.Generator().manual_seed(index + torch.distributed.get_rank())
+        return torch.randint_like(ids, VOCABULARY, generator=by_rank), labels
 
 
 class Ragged(Numbers):
@@ -508,6 +620,25 @@ def stochastic_weight_averaging(run: Run) -> Any:
     return run.fit(callbacks=[lightning_callbacks.StochasticWeightAveraging(1e-2)])
 
 
+def reads_itself(run: Run) -> Any:
+    warnings.filterwarnings("ignore", message=".*dataloader_iter")
+    return run.fit(Reads)
+
+
+def samples_by_rank(run: Run) -> Any:
+    order = DistributedSampler(_samples(40), shuffle=False)
+    return run.fit(train=DataLoader(_samples(40), 4, sampler=order))
+
+
+def stream_by_rank(run: Run) -> Any:
+    mine = Numbers(torch.distributed.get_rank(), torch.distributed.get_world_size(), 40)
+    return run.fit(train=DataLoader(mine, 4))
+
+
+def samples_changed_apart(run: Run) -> Any:
+    return run.fit(train=DataLoader(Changed(*_samples(40).tensors), 4))
+
+
 def uneven_batches(run: Run) -> Any:
     return run.fit(train=stream(run, Ragged))
 
@@ -524,10 +655,15 @@ def indivisible_batch(run: Run) -> Any:
     return run.fit(train=run.data(18))
 
 
+_DIFFERENT = "the ranks of dp coordinate 0, 1 were given different batches"
 REFUSED: dict[Callable[[Run], Any], str] = {
     several_optimizers: "multiple optimizers is only supported with manual optimization",
     weight_averaging: "WeightAveraging does not work with MegatronStrategy",
     stochastic_weight_averaging: "StochasticWeightAveraging does not work with",
+    reads_itself: r"training_step\(self, dataloader_iter\) does not work",
+    samples_by_rank: _DIFFERENT,
+    stream_by_rank: _DIFFERENT,
+    samples_changed_apart: _DIFFERENT,
     uneven_batches: r"after 3 the data of some has ended(.|\n)*limit_train_batches=3",
     failing_dataset: "planted|batch 2 could not be read on another rank",
     own_batch_sampler: r"DataLoader\(batch_sampler=Bucketed\)",

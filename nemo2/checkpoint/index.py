@@ -21,7 +21,7 @@ from ..sharding.slices import Box
 
 INDEX = "checkpoint.json"
 VERSION = 1
-MODEL, OPTIMIZER = "model.", "optimizer."
+MODEL, OPTIMIZER, BESIDE = "model.", "optimizer.", "beside."
 _BLOCK = 1 << 22  # bytes read at once
 
 
@@ -53,7 +53,8 @@ class Index:
     Attributes:
         folder: where it was read.
         token: names the save; all of its files begin with it.
-        tensors: name -> tensor: ``model.<parameter>``, ``optimizer.<i>.<parameter>.<key>``.
+        tensors: name -> tensor: ``model.<parameter>``, ``optimizer.<i>.<parameter>.<key>``,
+            ``beside.<where in extra><parameter>``.
         aliases: parameter -> its other names in the unsplit model.
         files: name -> (bytes, crc32).
         mesh: axis -> size; empty for one device.

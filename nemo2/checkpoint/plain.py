@@ -106,7 +106,7 @@ def _encode_dict(x: Mapping[Any, Any], where: str, problems: list[str]) -> Any:
 
 def _encode_array(x: Tensor | np.ndarray[Any, Any], where: str, problems: list[str]) -> Any:
     if isinstance(x, DTensor):
-        problems.append(f"{where} is a DTensor, split over ranks")
+        problems.append(f"{where} is a DTensor that is not under a parameter's name, split as it")
         return None
     tensor = x.detach().cpu() if isinstance(x, Tensor) else None
     try:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ..sharding.slices import Box, Part
 from .agree import Problems
+from .beside import put_in, stored_beside
 from .folder import check_safetensors
 from .generators import set_generator_states
 from .index import MODEL, OPTIMIZER, Index
@@ -67,6 +68,7 @@ def load_training(
         problems.facts += plan.index.check_sizes()
         plan.want_model(strict)
         plan.want_optimizers(optimizers)
+        plan.want_beside()
         if not problems.facts:
             for name in list(plan.index.files)[rank::world]:
                 problems.facts += plan.index.check_bytes(name)
@@ -83,7 +85,9 @@ def load_training(
         set_generator_states(own["generators"], device_of(target))
         if target.parallel is not None and index.run:
             target.parallel.seed, target.parallel.steps = index.run["seed"], index.run["steps"]
-    loaded = Loaded(tuple(plan.missing), tuple(plan.unexpected), decode(index.extra))
+    extra = decode(index.extra)
+    put_in(extra, plan.beside)
+    loaded = Loaded(tuple(plan.missing), tuple(plan.unexpected), extra)
     return Restored(loaded, own["own"] if same else None, same, own["generators"])
 
 
@@ -96,6 +100,7 @@ class _Plan:
         self.missing: list[str] = []
         self.unexpected: list[str] = []
         self.states: list[dict[str, dict[str, Any]]] = []
+        self.beside: dict[tuple[str, ...], Tensor] = {}
         # Any name of a parameter -> the one that it has in the checkpoint.
         self.names = {n.removeprefix(MODEL): n.removeprefix(MODEL) for n in _model_names(index)}
         for first, others in index.aliases.items():
@@ -178,6 +183,15 @@ class _Plan:
                 self.wanted[name] = Wanted(local, item.parts)
                 state[key] = item.wrap(local)
         return state
+
+    def want_beside(self) -> None:
+        """Make the memory of what plain data keeps under parameters' names, to be filled."""
+        for name, path, item in stored_beside(self.index, self.target):
+            if self._fits(item, name, f"'{item.name}' in {list(path[:-1])}"):
+                assert item.local is not None
+                local = torch.empty_like(item.local, dtype=self.index.tensors[name].dtype)
+                self.wanted[name] = Wanted(local, item.parts)
+                self.beside[path] = item.wrap(local)
 
     def _misfits(self, optimizer: Optimizer, saved: Mapping[str, Any]) -> list[str]:
         """Return why an optimizer cannot take what was saved."""

@@ -6,7 +6,7 @@ No mesh and no model are needed. One tensor is in memory at a time.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..sharding.slices import Box
 from .files import Entry, write_tensors
 from .folder import INDEX as WEIGHTS_INDEX
 from .folder import SINGLE, Folder
-from .index import MODEL, OPTIMIZER, Index, TensorInfo, is_checkpoint, is_unfinished
+from .index import BESIDE, MODEL, OPTIMIZER, Index, TensorInfo, is_checkpoint, is_unfinished
 from .plain import decode
 from .save import FILE_BYTES
 from .storage import Reader, read_whole
@@ -56,6 +56,19 @@ class Contents:
     def __exit__(self, *details: object) -> None:
         self._stack.close()
 
+    def check(self, names: Iterable[str]) -> None:
+        """Read the files of some tensors, and compare their checksums.
+
+        Raises: CheckpointError that names the files that are missing, truncated or altered.
+        """
+        if self.index is not None:
+            used = {part.file for name in names for part in self.tensors[name].parts}
+            problems = [p for p in self.index.check_sizes() if p.partition(" ")[0] in used]
+            for name in sorted(used) if not problems else ():
+                problems += self.index.check_bytes(name)
+            if problems:
+                raise damaged(self.index.folder, problems)
+
     def read(self, name: str) -> Tensor:
         """Return a whole tensor."""
         if self.index is not None:
@@ -79,7 +92,7 @@ def show(path: Path, *, check: bool = False) -> str:
             for name in index.files if check and not problems else ():
                 problems += index.check_bytes(name)
             if problems:
-                raise CheckpointError("\n  ".join([f"'{path}' is damaged", *problems]))
+                raise damaged(path, problems)
             lines += _about(index, check)
         model = {n: info for n, info in contents.tensors.items() if n.startswith(MODEL)}
         lines.append(f"model: {_many(model)}")
@@ -92,14 +105,26 @@ def show(path: Path, *, check: bool = False) -> str:
         lines += _columns(rows)
         for number, optimizer in enumerate(index.optimizers if index is not None else ()):
             lines += _about_optimizer(number, optimizer, contents.tensors)
+        beside = {n: info for n, info in contents.tensors.items() if n.startswith(BESIDE)}
+        if beside:
+            lines.append(f"in extra, under parameters' names: {_many(beside)}")
         if index is not None and index.extra is not None:
             lines.append(f"extra: {_short(decode(index.extra))}")
     return "\n".join(lines)
 
 
+def damaged(path: Path, problems: Iterable[str]) -> CheckpointError:
+    return CheckpointError("\n  ".join([f"'{path}' is damaged", *problems]))
+
+
 def diff(a: Path, b: Path) -> str:
-    """Return how two checkpoints differ, a line for each tensor; "" when they are equal."""
+    """Return how two checkpoints differ, a line for each tensor; "" when they are equal.
+
+    Raises: CheckpointError that names the files that are missing, truncated or altered.
+    """
     with Contents(a) as one, Contents(b) as other:
+        for contents in (one, other):
+            contents.check(contents.tensors)
         lines = [f"only in {a}: {name}" for name in one.tensors if name not in other.tensors]
         lines += [f"only in {b}: {name}" for name in other.tensors if name not in one.tensors]
         for name, info in one.tensors.items():
@@ -122,6 +147,9 @@ def convert(path: Path, out: Path, format: str, part: str = "") -> str:
     Args:
         format: "safetensors", a folder of files of at most 5 GB; or "file", one file.
         part: the module to take the weights of, under its own names; "" for the whole model.
+
+    Raises: CheckpointError that names the files that are missing, truncated or altered; before
+        anything is written.
     """
     prefix = MODEL + (f"{part}." if part else "")
     with Contents(path) as contents:
@@ -134,6 +162,7 @@ def convert(path: Path, out: Path, format: str, part: str = "") -> str:
         if out.is_file() or (out.exists() and (format == "file" or any(out.iterdir()))):
             raise CheckpointError(f"'{out}' exists\n  options: another place | remove it first")
         infos = contents.tensors
+        contents.check(chosen)
         entries = [
             Entry(n.removeprefix(prefix), infos[n].dtype, infos[n].shape, partial(contents.read, n))
             for n in chosen

@@ -17,6 +17,7 @@ from ..errors import CheckpointError
 from ..mesh.groups import MeshGroups
 from . import files
 from .agree import Problems
+from .beside import take_out
 from .folder import check_safetensors
 from .generators import generator_states
 from .index import Index
@@ -74,7 +75,8 @@ def save_training(
     with problems.caught():
         check_safetensors()
         content = content_of(target, optimizers, only)
-        shared = encode(extra.shared if extra else None, "extra")
+        shared = take_out(extra.shared, target, content) if extra else None
+        shared = encode(shared, "extra")
         own = encode(extra.own if extra else None, "extra")
         own = {"generators": encode(generator_states(device_of(target)), "rng"), "own": own}
     problems.raise_together()

@@ -6,16 +6,20 @@ or, of hyperparameters, left out with a warning, because nothing goes on from th
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import optree
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -23,7 +27,7 @@ from ..checkpoint import files
 from ..checkpoint.agree import Problems
 from ..checkpoint.host import HOST
 from ..checkpoint.index import Index
-from ..checkpoint.plain import decode, encode
+from ..checkpoint.plain import bytes_of, decode, encode
 from ..checkpoint.restoring import load_training
 from ..checkpoint.saving import Saving
 from ..checkpoint.shards import OWN_OPTIONS, content_of
@@ -98,7 +102,7 @@ class Checkpoints:
 
         Hooks may have taken names out of its ``state_dict``: these are not saved.
 
-        Communication: that of ``nemo2.save``, and an all-gather of objects over the world.
+        Communication: that of ``nemo2.save``, and two all-gathers of objects over the world.
         Raises: CheckpointError on all ranks alike.
         """
         rest = dict(checkpoint)
@@ -106,6 +110,7 @@ class Checkpoints:
         full = rest.pop("optimizer_states", None) is not None
         problems = Problems(f"cannot save the Trainer's state to '{path}'", parallel.groups)
         problems.facts += _changed(names, parallel)
+        problems.facts += _own_tensors(rest.get("callbacks", {}), parallel)
         problems.raise_together()
         for key in _HYPER:
             if key in rest:
@@ -209,6 +214,33 @@ def _changed(names: Mapping[str, Any], parallel: ParallelModel) -> list[str]:
     facts += [f"the state_dict has other values for '{n}' than the model" for n in other[:4]]
     if facts:
         facts.append("options: change the model itself | keep plain data in the checkpoint")
+    return facts
+
+
+def _own_tensors(callbacks: Mapping[str, Any], parallel: ParallelModel) -> list[str]:
+    """Return which tensors of callbacks differ from rank to rank: a checkpoint would hold one.
+
+    Communication: one all-gather of objects over the world.
+    """
+    tree: Any = callbacks
+    paths, leaves, _ = optree.tree_flatten_with_path(tree, none_is_leaf=True)
+    mine = {
+        path: zlib.crc32(bytes_of(x.detach().cpu()))
+        for path, x in zip(paths, leaves, strict=True)
+        if isinstance(x, Tensor) and not isinstance(x, DTensor) and x.numel() > 1
+    }
+    ranks: list[Any] = [None] * parallel.groups.sizes.world
+    dist.all_gather_object(ranks, mine, group=parallel.groups.world)
+    facts = [
+        f"the callback {path[0]} keeps a tensor that differs from rank to rank: {list(path[1:])}"
+        for path in dict.fromkeys(path for rank in ranks for path in rank)
+        if len({rank.get(path) for rank in ranks}) > 1
+    ]
+    if facts:
+        facts[4:] = [
+            "options: for what is like the weights a dict by the parameters' names of"
+            " p.detach().clone(), without to_local(): it is saved with them, and loaded on any mesh"
+        ]
     return facts
 
 

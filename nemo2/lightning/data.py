@@ -44,6 +44,12 @@ class MeshSampler(Sampler[Any]):
         assert isinstance(self.sampler, Sized)
         return (len(self.sampler) + self.replicas - 1) // self.replicas
 
+    @property
+    def repeated(self) -> int:
+        """How many samples are read twice."""
+        assert isinstance(self.sampler, Sized)
+        return -len(self.sampler) % self.replicas
+
     def set_epoch(self, epoch: int) -> None:
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
@@ -122,6 +128,7 @@ class Dealt(DataLoader[Any]):
 
     def _made(self) -> Iterator[Any]:
         resumed, self._resumed = self._resumed, False
+        _share_generator()  # workers draw their seed from it, and what is drawn in them
         if resumed and self.persistent_workers:  # without the resume they would live already
             self.position.keep()
         return super().__iter__()

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -66,8 +67,9 @@ class LogCapture:
         attributes = self.module.__dict__
         attributes.update(log=self._log, print=self._print)
         before = _own_state(self.module) if self._planning else {}
+        heard = nullcontext() if not self._planning else _unheard(self.module)
         try:
-            with self.metrics.quiet(skip=unseen):
+            with self.metrics.quiet(skip=unseen), heard:
                 yield
         finally:
             if unseen:
@@ -189,6 +191,18 @@ def _combine_same(calls: list[Call]) -> Call:
 
 
 # --- what planning must not change
+
+
+@contextmanager
+def _unheard(module: LightningModule) -> Iterator[None]:
+    """Give the module loggers that log nothing."""
+    trainer = module.trainer
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
 
 
 _MODULE_STATE = frozenset(vars(nn.Module()))

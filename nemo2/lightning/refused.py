@@ -14,9 +14,19 @@ from ..errors import Nemo2Error
 from ..mesh.sizes import MeshSizes
 from ..options import Options
 
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
 
 def refuse(trainer: Trainer) -> None:
-    """Raise Nemo2Error if this fit needs what ``MegatronStrategy`` cannot do."""
+    """Raise Nemo2Error if this run needs what ``MegatronStrategy`` cannot do."""
+    for name in _STEPS:
+        step = getattr(trainer.lightning_module, name, None)
+        if callable(step) and "dataloader_iter" in inspect.signature(step).parameters:
+            raise Nemo2Error(
+                f"{name}(self, dataloader_iter) does not work with MegatronStrategy: it draws its"
+                " batch itself, and the schedule needs it before, to split it\n"
+                f"  options: {name}(self, batch, batch_idx)"
+            )
     if trainer.state.fn != TrainerFn.FITTING:
         return
     if not trainer.lightning_module.automatic_optimization:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from lightning.fabric.utilities.distributed import (
     _all_gather_ddp_if_available,
@@ -20,6 +22,7 @@ from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.data import _update_dataloader
 from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -34,6 +37,9 @@ from ..mesh.watchdog import Watchdog
 from ..model import ParallelModel
 from ..options import ContextParallel, DataParallel, Pipeline
 from ..parallelize import parallelize
+from ..pipeline.absent import is_absent
+from ..sharding.modes import suspended
+from .alike import Alike
 from .checkpoint import Checkpoints, model_state, optimizer_state
 from .data import MeshSampler, can_deal, deal_batches
 from .last import check_same
@@ -42,6 +48,7 @@ from .logs import EQUAL
 from .precision import Bf16Masters, supported
 from .preemption import Preempted, Preemption
 from .refused import check_options, refuse
+from .resuming import batches_done, warn_of_gradients
 from .steps import (
     clip_by_norm,
     clip_by_value,
@@ -49,6 +56,7 @@ from .steps import (
     parameters_of,
     training_step,
 )
+from .summary import summarise_whole
 from .together import Together
 
 _PIPELINE = Pipeline()
@@ -127,6 +135,7 @@ class MegatronStrategy(ParallelStrategy):
         self._deals_samples: bool | None = None
         self._checkpoints = Checkpoints(asynchronous_save)
         self._preemption = Preemption()
+        self._alike = Alike()
 
     # --- who and where
 
@@ -232,8 +241,10 @@ class MegatronStrategy(ParallelStrategy):
         module = self.lightning_module
         assert module is not None
         if self.parallel is None or self.parallel.module is not module:
+            summarise_whole(trainer)
             self.parallel = self._split(module)
         self.model = module
+        self._alike = Alike()
         if trainer.state.fn == TrainerFn.FITTING:
             self._reset_optimizers_and_schedulers()
             self.setup_optimizers(trainer)
@@ -297,6 +308,7 @@ class MegatronStrategy(ParallelStrategy):
         assert module is not None
         trainer = module.trainer
         with self.precision_plugin.train_step_context(), self._guarded(trainer.global_step):
+            self._alike.check(self.parallel_model.groups, "training_step", batch)
             self._free_gradients(trainer, args)
             return training_step(self.parallel_model, batch, args)
 
@@ -316,6 +328,8 @@ class MegatronStrategy(ParallelStrategy):
         module = self.lightning_module
         assert module is not None
         with self._guarded(module.trainer.global_step):
+            of = f"{name} of dataloader {args[1]}" if len(args) > 1 else name
+            self._alike.check(self.parallel_model.groups, of, batch)
             return evaluation_step(self.parallel_model, name, batch, args)
 
     def optimizer_step(
@@ -348,13 +362,21 @@ class MegatronStrategy(ParallelStrategy):
 
     def process_dataloader(self, dataloader: object) -> object:
         """Let each dp coordinate read its own part, in the order that the user's sampler has."""
+        if isinstance(dataloader, DataLoader):  # as Lightning would, with this rank's number
+            _auto_add_worker_init_fn(dataloader, self.distributed_sampler_kwargs["rank"])
         if not self._deals_samples or not can_deal(dataloader):
             return self._together(dataloader)
         assert isinstance(dataloader, DataLoader)
         assert self.lightning_module is not None
         kwargs = self.distributed_sampler_kwargs
         sampler = MeshSampler(dataloader.sampler, kwargs["num_replicas"], kwargs["rank"])
-        if self.lightning_module.trainer.predicting:
+        trainer = self.lightning_module.trainer
+        if not trainer.training and sampler.repeated:
+            rank_zero_warn(
+                f"dp={sampler.replicas} does not divide the number of samples: the first"
+                f" {sampler.repeated} are read twice, as by DistributedSampler"
+            )
+        if trainer.predicting:
             # The loader is Lightning's own already, with a wrapper that notes the indices.
             inner = getattr(dataloader.batch_sampler, "_batch_sampler", None)
             if inner is not None:
@@ -363,15 +385,26 @@ class MegatronStrategy(ParallelStrategy):
         own = deal_batches(dataloader, kwargs["num_replicas"], kwargs["rank"])
         if own is not None:
             return own
-        trainer, made = self.lightning_module.trainer, _update_dataloader(dataloader, sampler)
+        made = _update_dataloader(dataloader, sampler)
         return self._checkpoints.followed(trainer, made) if trainer.training else made
 
     def _together(self, loader: object) -> object:
         """Guard data that ranks read as they like; a ``DistributedSampler`` deals it out evenly."""
+        assert self.lightning_module is not None
         even = isinstance(getattr(loader, "sampler", None), (DistributedSampler, MeshSampler))
-        if even or not isinstance(loader, Iterable) or dist.get_world_size() == 1:
+        done = batches_done(self.lightning_module.trainer)
+        if not isinstance(loader, Iterable):
             return loader
-        return Together(loader, self.root_device)
+        if done and not hasattr(loader, "load_state_dict"):
+            rank_zero_warn(
+                f"the training data cannot say where it stands: its first {done} batches are read"
+                " and dropped, which is where the run stood if they are those of before\n"
+                "  options: a map-style dataset, whose samples are dealt out | a dataloader with"
+                " state_dict and load_state_dict, on the same mesh"
+            )
+            return Together(loader, self.root_device, done)
+        alone = dist.get_world_size() == 1
+        return loader if even or alone else Together(loader, self.root_device)
 
     # --- communication
 
@@ -394,8 +427,22 @@ class MegatronStrategy(ParallelStrategy):
         return _sync_ddp_if_available(tensor, self._group(group), reduce_op=reduce_op)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Gather over ``dp``: of shape (dp, *shape)."""
-        return _all_gather_ddp_if_available(tensor, self._group(group), sync_grads=sync_grads)
+        """Gather over ``dp``, also for ``LightningModule.all_gather``: of shape (dp, *shape).
+
+        With dp=1 it is ``tensor``, as on one device. In a step, after the model's call, it runs on
+        the ranks of the last stage.
+        """
+        group = self._group(group)
+        if not dist.is_initialized() or dist.get_world_size(group) == 1:
+            return tensor
+        if is_absent(tensor):  # a step that is only planned
+            return torch.stack([tensor] * dist.get_world_size(group))
+        with suspended(), warnings.catch_warnings():
+            # torch 2.13 deprecates the function of it that Lightning uses.
+            warnings.simplefilter("ignore", FutureWarning)
+            gathered = _all_gather_ddp_if_available(tensor, group, sync_grads=sync_grads)
+            parts = gathered.unbind()
+        return torch.stack(parts)  # the one call that is planned
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         if not dist.is_initialized():
@@ -405,7 +452,7 @@ class MegatronStrategy(ParallelStrategy):
         return bool(flag.item())
 
     def _group(self, group: Any) -> Any:
-        if group is not None:
+        if group is not None and group is not dist.group.WORLD:  # LightningModule's default
             return group
         return self.parallel.groups.dp if self.parallel is not None else self.mesh.get_group("dp")
 
@@ -432,6 +479,8 @@ class MegatronStrategy(ParallelStrategy):
     ) -> None:
         if storage_options is not None:
             raise Nemo2Error("MegatronStrategy writes checkpoints itself: no storage_options")
+        assert self.lightning_module is not None
+        warn_of_gradients(self.lightning_module.trainer)
         path = self.broadcast(filepath)
         self._checkpoints.save(self.parallel_model, self.optimizers, checkpoint, path)
 

@@ -14,13 +14,16 @@ from ..errors import Nemo2Error
 class Together:
     """Iterates over ``loader`` as long as all ranks have batches; is ``loader`` in all else.
 
+    Args:
+        done: batches to read and drop when the first iteration begins: training has seen them.
+
     Communication: one all-reduce of 3 numbers over the world for each batch.
     Raises: Nemo2Error on all ranks when some have no more batch and others do (they would wait
         in the next step for ever), or when one could not read it; there its own exception.
     """
 
-    def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
-        self.loader, self.device = loader, device
+    def __init__(self, loader: Iterable[Any], device: torch.device, done: int = 0) -> None:
+        self.loader, self.device, self._done = loader, device, done
 
     def __getattr__(self, name: str) -> Any:
         if name == "loader":  # while it is copied
@@ -33,6 +36,7 @@ class Together:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
+        done, self._done = self._done, 0  # not before: the Trainer may drop the first iterator
         batches, count = iter(self.loader), 0
         while True:
             batch, failed, ended = None, None, False
@@ -61,5 +65,6 @@ class Together:
                 )
             if ended:
                 return
-            yield batch
+            if count >= done:
+                yield batch
             count += 1
