@@ -644,6 +644,25 @@ def test_convert(saved, tmp_path, capsys):
     assert command("convert", path, tmp_path / "x", "--part", "net") == 2
     assert "has no weights of 'net'\n  options: 0 | 1 | 2" in capsys.readouterr().err
     assert command("show", tmp_path / "folder") == 0
+    for damage in (flip, cut, lose):  # it is not exported
+        says = damage(path)
+        assert command("convert", path, tmp_path / "damaged") == 2
+        assert says in capsys.readouterr().err
+        assert not (tmp_path / "damaged").exists()
+        assert command("diff", path, tmp_path / "folder") == 2
+        assert says in capsys.readouterr().err
+
+
+def test_commands_end_without_a_traceback(saved, tmp_path, capsys):
+    path = saved[0]
+    (tmp_path / "file").write_text("")
+    assert command("convert", path, tmp_path / "file" / "out") == 2
+    assert "NotADirectoryError" in capsys.readouterr().err
+    words = [sys.executable, "-m", "nemo2", "checkpoint", "show", str(path)]
+    shown = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    shown.stdout.close()  # as head does, once it has what it wants
+    assert (shown.wait(), shown.stderr.read()) == (0, b"")
+    shown.stderr.close()
 
 
 def test_what_is_read_by_parts_is_whole(pool, tmp_path):

@@ -6,9 +6,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, IterableDataset
 
 import nemo2
 from nemo2.checkpoint.index import Index
@@ -92,9 +95,9 @@ def order_of(ranks: list[dict[str, Any]]) -> list[list[int]]:
 
 
 TWO = nemo2.Pipeline(microbatches=2)
-SAVED: list[tuple[dict[str, Any], str]] = [
-    ({"dp": 2, "tp": 2}, "dp2tp2"),
-    ({"dp": 1, "pp": 2, "tp": 2, "pipeline": TWO}, "pp2tp2"),
+SAVED: list[tuple[dict[str, Any], int]] = [
+    ({"dp": 2, "tp": 2}, 4),
+    ({"dp": 2, "pp": 2, "tp": 2, "pipeline": TWO}, 8),
 ]
 ELSEWHERE = [
     {"dp": 4},
@@ -110,14 +113,14 @@ def several(folder: str, meshes: list[dict[str, Any]], path: str) -> list[dict[s
 
 @pytest.mark.parametrize("at", [0, 1])
 def test_goes_on_with_the_next_sample_on_any_mesh(pool, tmp_path, at):
-    mesh, name = SAVED[at]
-    folder = str(tmp_path / name)
-    whole = pool.run(4, run, folder, mesh, 4)
+    mesh, world = SAVED[at]
+    folder = str(tmp_path / "first")
+    whole = pool.run(world, run, folder, mesh, world)
     path = f"{folder}/step=5.ckpt"
     order = order_of(whole)
     assert len(order) == STEPS
     assert len({x for step in order[:8] for x in step}) == 64  # each one once in an epoch
-    again = pool.run(4, run, f"{folder}-again", mesh, 4, ckpt_path=path)
+    again = pool.run(world, run, f"{folder}-again", mesh, world, ckpt_path=path)
     for rank, first in zip(again, whole, strict=True):
         for key in ("losses", "samples"):
             assert rank[key] == first[key][HALF:], key
@@ -266,3 +269,134 @@ def test_a_position_that_means_nothing_is_refused(pool, tmp_path):
     assert first == second
     assert "40 samples are done, which global batches of 6 do not make" in first[0]
     assert "it has 72 samples an epoch, and had 64" in first[1]
+
+
+class Average(L.Callback):
+    """An average of the weights, kept in the checkpoint."""
+
+    def __init__(self, local: bool = False) -> None:
+        self.local, self.kept, self.steps = local, {}, 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *rest: Any) -> None:
+        self.steps += 1
+        for name, p in module.named_parameters():
+            now = p.detach().to_local() if self.local else p.detach()
+            self.kept.setdefault(name, now.clone()).lerp_(now, 0.5)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": dict(self.kept), "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.kept, self.steps = dict(state["kept"]), state["steps"]
+
+
+def averaged(folder: str, mesh: dict[str, Any], steps: int, path: str | None = None) -> Any:
+    """Train with an average; save at the end; return the average's values."""
+    torch.manual_seed(1)
+    average = Average()
+    world = torch.distributed.get_world_size()
+    options = {"max_steps": steps, "max_epochs": 3, "val_check_interval": 1.0}
+    strategy = nemo2.MegatronStrategy(**mesh)
+    made = trainer(folder, strategy=strategy, devices=world, callbacks=[average], **options)
+    made.fit(Lit(), data(8 // mesh["dp"], 64), data(4, 16), ckpt_path=path)
+    made.save_checkpoint(f"{folder}/end.ckpt")
+    assert average.steps == steps
+    assert average.kept.keys() == {n for n, _ in made.lightning_module.named_parameters()}
+    assert all(type(x) is DTensor for x in average.kept.values())
+    return {n: x.full_tensor().tolist() for n, x in average.kept.items()}
+
+
+def test_an_average_of_the_weights_goes_on_on_any_mesh(pool, tmp_path):
+    pp, tp = {"dp": 1, "pp": 2, "tp": 2, "pipeline": TWO}, {"dp": 2, "tp": 2}
+    whole = pool.run(4, averaged, str(tmp_path / "whole"), tp, 6)[0]
+    pool.run(4, averaged, str(tmp_path / "first"), pp, 3)
+    path = str(tmp_path / "first" / "end.ckpt")
+    for mesh, world in ((tp, 4), (pp, 4), ({"dp": 1}, 1)):
+        found: dict[str, Any] = {}
+        for rank in pool.run(world, averaged, str(tmp_path / "then"), mesh, 6, path):
+            found |= rank
+        tied = {"net.head.weight": "net.embed.weight"}  # the name that it has on the last stage
+        assert {tied.get(name, name) for name in found} == whole.keys()
+        for name, values in found.items():
+            want = torch.tensor(whole[tied.get(name, name)], dtype=torch.float64)
+            torch.testing.assert_close(torch.tensor(values, dtype=want.dtype), want)
+
+
+def shards_only(folder: str) -> str:
+    strategy = nemo2.MegatronStrategy(dp=2)
+    options = {"max_steps": 1, "val_check_interval": 1.0}
+    made = trainer(folder, strategy=strategy, devices=2, callbacks=[Average(local=True)], **options)
+    made.fit(Lit(), data(4, 16), data(4, 16))
+    with pytest.raises(nemo2.CheckpointError) as caught:
+        made.save_checkpoint(f"{folder}/end.ckpt")
+    return str(caught.value)
+
+
+def test_tensors_of_callbacks_that_differ_by_rank_are_refused(pool, tmp_path):
+    """The checkpoint would give rank 0's to all."""
+    for said in pool.run(2, shards_only, str(tmp_path)):
+        assert "the callback Average keeps a tensor that differs from rank to rank" in said
+        assert "without to_local()" in said
+
+
+class Stream(IterableDataset):
+    """Numbered samples, read in turns by the dp coordinates."""
+
+    def __init__(self, reader: int, readers: int, samples: int = 48) -> None:
+        self.reader, self.readers, self.samples = reader, readers, samples
+
+    def __iter__(self):
+        for i in range(self.reader, self.samples, self.readers):
+            ids = torch.tensor([i // 24, i % 24, *range(5)])
+            yield ids[:-1], ids[1:]
+
+
+class Numbers(L.Callback):
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, at: int) -> None:
+        self.seen.append((batch[0][:, 0] * 24 + batch[0][:, 1]).tolist())
+
+
+def streamed(folder: str, mesh: dict[str, Any], steps: int, path: str | None = None) -> Any:
+    torch.manual_seed(1)
+    numbers, world = Numbers(), torch.distributed.get_world_size()
+    saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
+    options = {"max_steps": steps, "max_epochs": 3, "val_check_interval": None}
+    strategy = nemo2.MegatronStrategy(**mesh)
+    made = trainer(
+        folder,
+        strategy=strategy,
+        devices=world,
+        callbacks=[numbers, saves],
+        enable_checkpointing=True,
+        **options,
+    )
+    dp = mesh["dp"]
+    reader = torch.distributed.get_rank() // (world // dp)
+    loader = DataLoader(Stream(reader, dp), batch_size=8 // dp)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made.fit(Lit(), loader, ckpt_path=path)
+    told = [str(w.message) for w in caught if "read and dropped" in str(w.message)]
+    return numbers.seen, reader, told
+
+
+def test_a_stream_goes_on_where_it_stood(pool, tmp_path):
+    """Its first batches are read again, and dropped, where the epoch was not over."""
+
+    def order(ranks):
+        readers = {reader: seen for seen, reader, _ in ranks}
+        steps = zip(*(readers[r] for r in sorted(readers)), strict=True)
+        return [[x for same in zip(*own, strict=True) for x in same] for own in steps]
+
+    two, four = {"dp": 2}, {"dp": 2, "tp": 2}
+    whole = order(pool.run(2, streamed, str(tmp_path / "a"), two, 10))
+    assert whole == [[*range(8 * i, 8 * i + 8)] for i in (*range(6), *range(4))]
+    for mesh, world in ((two, 2), (four, 4), ({"dp": 1}, 1)):
+        for at, dropped in ((4, True), (8, True), (6, False)):
+            path = str(tmp_path / "a" / f"step={at}.ckpt")
+            ranks = pool.run(world, streamed, str(tmp_path / "b"), mesh, 10, path)
+            assert order(ranks) == whole[at:]
+            assert bool(ranks[0][2]) == dropped

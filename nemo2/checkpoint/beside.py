@@ -56,17 +56,19 @@ def _name(path: _Path) -> str:
 
 
 def stored_beside(index: Index, target: Target) -> Iterator[tuple[str, _Path, Item]]:
-    """Yield the name of each such tensor, where it was in the data, and the parameter it is like.
+    """Yield the name of each such tensor, where it goes in the data, and the parameter it is like.
 
-    Only of parameters that the model has.
+    Only of parameters that the model has; under the name that a tied one has on this stage.
     """
     items = {name: item for item in target.items for name in item.names}
+    here = {id(param): name for name, param in target.module.named_parameters()}
     for name in index.tensors:
         if name.startswith(BESIDE):
             text = name.removeprefix(BESIDE)
             path, end = json.JSONDecoder().raw_decode(text)
             if text[end:] in items:
-                yield name, (*path, text[end:]), items[text[end:]]
+                item = items[text[end:]]
+                yield name, (*path, here.get(id(item.param), item.name)), item
 
 
 def put_in(data: Any, found: Mapping[_Path, Tensor]) -> None:
