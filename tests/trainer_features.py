@@ -12,10 +12,12 @@ from typing import Any
 from unittest import mock
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import grad_norm
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -29,6 +31,7 @@ from torch.utils.data import (
 )
 
 import nemo2
+import nemo2.lightning
 from tests.lightning_programs import VOCABULARY, Lit, Record, data, trainer
 
 MESH = {"dp": 2, "pp": 2, "pipeline": nemo2.Pipeline(microbatches=2)}
@@ -405,6 +408,69 @@ def moving_average(run: Run) -> Any:
     return made.validate(module, run.data(16), verbose=False)
 
 
+class Keeps(Lit):
+    """Keeps in its attributes what its steps make, before and after the model is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses, self.outputs, self.by_batch, self.met = [], [], {}, 0
+        self.given: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.met += 1
+        loss, _ = self.loss(batch)
+        self.losses.append(loss.detach())
+        self.after, self.last = self.met, loss.detach()
+        self.log("loss", loss)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        assert self.after == self.met
+        assert self.met % len(self.losses) == 0
+        assert self.losses[-1].equal(self.last)
+        kept = self.all_gather(torch.stack(self.losses).mean()).mean()
+        self.log("mean", kept, sync_dist=True)
+        self.losses.clear()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss, logits = self.loss(batch)
+        self.outputs.append({"loss": loss, "largest": float(logits.max())})
+        self.by_batch[batch_idx] = loss
+        self.log("val_loss", loss)
+        return loss
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.given.append(float(outputs))
+
+    def on_validation_epoch_end(self) -> None:
+        assert list(self.by_batch) == [0, 1]
+        kept = torch.stack([x["loss"] for x in self.outputs]).mean()
+        given = torch.tensor(self.given, dtype=kept.dtype).mean()
+        assert given.item() == pytest.approx(kept.item())
+        self.log("kept", kept, sync_dist=True)
+        largest = max(x["largest"] for x in self.outputs)
+        self.log("largest", self.all_gather(torch.tensor(largest)).max(), sync_dist=True)
+        self.outputs.clear()
+        self.given.clear()
+
+
+def kept_in_attributes(run: Run) -> Any:
+    return run.fit(Keeps, max_epochs=2, max_steps=8)
+
+
+class Norms(Lit):
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        on_mesh = self.trainer.world_size > 1
+        self.log_dict((nemo2.lightning.grad_norm if on_mesh else grad_norm)(self, 2))
+
+
+def gradient_norms(run: Run) -> Any:
+    result = run.fit(Norms)
+    assert "grad_2.0_norm_total" in result["metrics"]
+    assert "grad_2.0_norm/net.layers.3.up.bias" in result["metrics"]
+    return result
+
+
 class Gathers(Lit):
     """Gathers over the replicas in its steps and in its hooks."""
 
@@ -534,6 +600,8 @@ FEATURES: dict[str, Callable[[Run], Any]] = {
         timer,
         accumulation_scheduler,
         moving_average,
+        kept_in_attributes,
+        gradient_norms,
         all_gather,
         logger_in_a_step,
         iterable_dataset,

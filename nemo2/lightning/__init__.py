@@ -1,8 +1,9 @@
-"""The Lightning door: ``MegatronStrategy``, ``Throughput``. Only this folder imports lightning."""
+"""The Lightning door: ``MegatronStrategy`` and its like. Only this folder imports lightning."""
 
 from __future__ import annotations
 
+from .norms import grad_norm
 from .strategy import MegatronStrategy
 from .throughput import Throughput
 
-__all__ = ["MegatronStrategy", "Throughput"]
+__all__ = ["MegatronStrategy", "Throughput", "grad_norm"]

@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers.logger import DummyLogger
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
 from ..errors import Nemo2Error
 from ..model import ParallelModel
 from ..sharding.modes import suspended
+from .attributes import State, apply, changes, own_state, put_back
 from .metrics import MetricName, Metrics
 
 EQUAL = "the same on every rank"
@@ -54,6 +55,7 @@ class LogCapture:
         self.microbatches: list[list[Call]] = []
         self.metrics = Metrics(module)
         self._planning = False
+        self._before: State | None = None
 
     # --- while the schedule runs
 
@@ -66,7 +68,9 @@ class LogCapture:
         self.microbatches.append([])
         attributes = self.module.__dict__
         attributes.update(log=self._log, print=self._print)
-        before = _own_state(self.module) if self._planning else {}
+        before = own_state(self.module) if self._planning else {}
+        if not self._planning and self._before is None and self.parallel.groups.sizes.pp > 1:
+            self._before = own_state(self.module)
         heard = nullcontext() if not self._planning else _unheard(self.module)
         try:
             with self.metrics.quiet(skip=unseen), heard:
@@ -75,7 +79,7 @@ class LogCapture:
             if unseen:
                 self.microbatches.pop()
             if self._planning:
-                _put_back(self.module, before)
+                put_back(self.module, before)
             for name in ("log", "print"):
                 attributes.pop(name, None)
 
@@ -118,7 +122,7 @@ class LogCapture:
     # --- after it
 
     def replay(self) -> None:
-        """Make each call once on every rank, with the same value.
+        """Make each call once on every rank, with the same value; bring attributes to all stages.
 
         The value is combined over the microbatches and ``dp`` as ``reduce_fx`` says: "mean"
         (weighted by ``batch_size`` where that is given), "sum", "min" or "max".
@@ -133,7 +137,12 @@ class LogCapture:
             dist.all_gather_object(gathered, runs, group=groups.dp)
             runs = [run for part in gathered for run in part]
         self.metrics.share(self.parallel)
-        for call in self.parallel.from_last_stage(_combine(runs)):
+        before, last = self._before or {}, self.parallel.runner.last
+        left = changes(self.module, before) if last and groups.sizes.pp > 1 else {}
+        calls, left = self.parallel.from_last_stage((_combine(runs), left))
+        if not last:
+            apply(self.module, before, left, groups.device)
+        for call in calls:
             if call.name is None:
                 self.module.print(call.value)
                 continue
@@ -203,29 +212,3 @@ def _unheard(module: LightningModule) -> Iterator[None]:
         yield
     finally:
         trainer.loggers = loggers
-
-
-_MODULE_STATE = frozenset(vars(nn.Module()))
-
-
-def _own_state(module: LightningModule) -> dict[str, Any]:
-    """Return the plain attributes of the user's module; lists, dicts and sets are copied."""
-    state = {}
-    for name, value in vars(module).items():
-        if name not in _MODULE_STATE and name not in ("log", "print"):
-            copied = value.copy() if type(value) in (list, dict, set) else None
-            state[name] = (value, copied)
-    return state
-
-
-def _put_back(module: LightningModule, before: Mapping[str, tuple[Any, Any]]) -> None:
-    attributes = module.__dict__
-    for name in [n for n in attributes if n not in before and n not in _MODULE_STATE]:
-        if name not in ("log", "print"):
-            del attributes[name]
-    for name, (value, copied) in before.items():
-        attributes[name] = value
-        if copied is None:
-            continue
-        value.clear()
-        value.extend(copied) if isinstance(value, list) else value.update(copied)

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -44,8 +45,8 @@ def evaluation_step(parallel: ParallelModel, name: str, batch: Any, args: Sequen
     """Run ``validation_step``, ``test_step`` or ``predict_step`` forward only.
 
     Returns:
-        what the step returned, on the last stage; None elsewhere. ``predict_step``'s is
-        returned on all stages.
+        what the step returned, on the last stage; None elsewhere. On all stages that of
+        ``predict_step``, and what a hook of the user takes: ``on_validation_batch_end``.
     """
     module = parallel.module
     assert isinstance(module, LightningModule)
@@ -64,7 +65,17 @@ def evaluation_step(parallel: ParallelModel, name: str, batch: Any, args: Sequen
         results = parallel.run_forward(step, batch, key=key, microbatches=count)
     logs.replay()
     result = _merge(results) if results and parallel.runner.last else None
-    return parallel.from_last_stage(result) if predicting else result
+    return parallel.from_last_stage(result) if predicting or _taken(module, name) else result
+
+
+def _taken(module: LightningModule, name: str) -> bool:
+    """Say whether the user's code takes what a step returned; Lightning's own callbacks do not."""
+    hook = f"on_{name.removesuffix('_step')}_batch_end"
+    callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
+    return is_overridden(hook, module) or any(
+        is_overridden(hook, c, Callback) and not type(c).__module__.startswith("lightning.")
+        for c in callbacks
+    )
 
 
 def loss_of(result: Any) -> Any:
