@@ -83,8 +83,8 @@ def _add_checkpoint(commands: Any) -> None:
     convert.add_argument(
         "--format",
         default="safetensors",
-        choices=("safetensors", "file"),
-        help="a Hugging Face folder, or one file",
+        choices=("safetensors", "file", "lightning"),
+        help="a Hugging Face folder, one file, or Lightning's own .ckpt (pickled)",
     )
     convert.add_argument("--part", default="", help="a module of the model: only its weights")
 

@@ -33,6 +33,7 @@ from nemo2.checkpoint.shards import Shard
 from nemo2.checkpoint.storage import Reader, read_whole
 from nemo2.sharding.slices import Box
 from nemo2.sharding.storage import local_of
+from tests.lightning_programs import Lit, data, trainer
 from tests.models import Dropout, DropoutBlock, FusedBlock, next_token, token_ids
 
 STEPS, HALF, BATCH = 10, 5, 8
@@ -651,6 +652,28 @@ def test_convert(saved, tmp_path, capsys):
         assert not (tmp_path / "damaged").exists()
         assert command("diff", path, tmp_path / "folder") == 2
         assert says in capsys.readouterr().err
+
+
+def test_convert_for_lightning_alone(pool, tmp_path, capsys):
+    """What a mesh has trained is a .ckpt for Lightning's own Trainer."""
+    (want,) = pool.run(2, trained_lit, str(tmp_path / "saved"))[:1]
+    out = tmp_path / "out.ckpt"
+    assert command("convert", tmp_path / "saved", out, "--format", "lightning") == 0
+    assert "28 tensors" in capsys.readouterr().out
+    module = Lit.load_from_checkpoint(out).double()
+    assert module.net.head.weight is module.net.embed.weight
+    (found,) = trainer(tmp_path).validate(module, data(8, 16), verbose=False)
+    assert found == pytest.approx(want)
+    (found,) = trainer(tmp_path).validate(Lit(), data(8, 16), str(out), verbose=False)
+    assert found == pytest.approx(want)
+
+
+def trained_lit(path: str) -> dict[str, float]:
+    strategy = nemo2.MegatronStrategy(pp=2)
+    made = trainer(path, strategy=strategy, devices=2, max_steps=2, val_check_interval=1.0)
+    made.fit(Lit(), data(8, 16), data(8, 16))
+    made.save_checkpoint(path)
+    return made.validate(made.lightning_module, data(8, 16), verbose=False)[0]
 
 
 def test_commands_end_without_a_traceback(saved, tmp_path, capsys):

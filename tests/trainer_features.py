@@ -680,6 +680,39 @@ def several_optimizers(run: Run) -> Any:
     return run.fit(TwoOptimizers)
 
 
+def second_trainer(run: Run) -> Any:
+    module = Lit()
+    run.trainer().fit(module, run.data(), run.data(16))
+    return run.trainer().fit(module, run.data(), run.data(16))
+
+
+class Unfreezes(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.layers.requires_grad_(False)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.net.layers.requires_grad_(True)
+
+
+def unfreezing(run: Run) -> Any:
+    return run.fit(Unfreezes, max_epochs=2, max_steps=8)
+
+
+def finetuning(run: Run) -> Any:
+    return run.fit(callbacks=[lightning_callbacks.BackboneFinetuning()])
+
+
+class Generates(Lit):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        nemo2.generate(self.net, [[1, 2]], max_new_tokens=2)
+
+
+def generates_in_a_step(run: Run) -> Any:
+    return run.trainer().validate(Generates(), run.data(16))
+
+
 def weight_averaging(run: Run) -> Any:
     return run.fit(callbacks=[lightning_callbacks.WeightAveraging()])
 
@@ -725,7 +758,11 @@ def indivisible_batch(run: Run) -> Any:
 
 _DIFFERENT = "the ranks of dp coordinate 0, 1 were given different batches"
 REFUSED: dict[Callable[[Run], Any], str] = {
-    several_optimizers: "multiple optimizers is only supported with manual optimization",
+    several_optimizers: r"several optimizers do not work(.|\n)*one optimizer with parameter groups",
+    second_trainer: "Lit has been split by another strategy(.|\n)*use the same Trainer again",
+    unfreezing: "were frozen when the model was split, and are trained now",
+    finetuning: "BackboneFinetuning does not work with MegatronStrategy",
+    generates_in_a_step: r"generate is called inside of a step(.|\n)*options: between steps",
     weight_averaging: "WeightAveraging does not work with MegatronStrategy",
     stochastic_weight_averaging: "StochasticWeightAveraging does not work with",
     reads_itself: r"training_step\(self, dataloader_iter\) does not work",

@@ -145,7 +145,9 @@ def convert(path: Path, out: Path, format: str, part: str = "") -> str:
     """Write the weights of a checkpoint as safetensors; return what was written.
 
     Args:
-        format: "safetensors", a folder of files of at most 5 GB; or "file", one file.
+        format: "safetensors", a folder of files of at most 5 GB; "file", one file; "lightning",
+            one pickled ``.ckpt`` with hyperparameters, for ``load_from_checkpoint`` and for
+            ``Trainer.validate``, ``test`` and ``predict`` without nemo2; all in memory at once.
         part: the module to take the weights of, under its own names; "" for the whole model.
 
     Raises: CheckpointError that names the files that are missing, truncated or altered; before
@@ -159,10 +161,14 @@ def convert(path: Path, out: Path, format: str, part: str = "") -> str:
             raise CheckpointError(
                 f"'{path}' has no weights of '{part}'\n  options: {' | '.join(sorted(parts))}"
             )
-        if out.is_file() or (out.exists() and (format == "file" or any(out.iterdir()))):
+        if out.is_file() or (out.exists() and (format != "safetensors" or any(out.iterdir()))):
             raise CheckpointError(f"'{out}' exists\n  options: another place | remove it first")
         infos = contents.tensors
         contents.check(chosen)
+        if format == "lightning":
+            out.parent.mkdir(parents=True, exist_ok=True)
+            weights = {n.removeprefix(prefix): contents.read(n) for n in chosen}
+            return _write_lightning(out, weights, contents.index)
         entries = [
             Entry(n.removeprefix(prefix), infos[n].dtype, infos[n].shape, partial(contents.read, n))
             for n in chosen
@@ -179,6 +185,20 @@ def convert(path: Path, out: Path, format: str, part: str = "") -> str:
             _write_index(out, written)
     total = sum(e.nbytes for e in entries)
     return f"{len(entries)} tensors, {_bytes(total)}, in {len(written)} files: {out}"
+
+
+def _write_lightning(out: Path, weights: dict[str, Tensor], index: Index | None) -> str:
+    """Write what Lightning reads: weights under all of their names, and what it says of them."""
+    aliases = index.aliases if index is not None else {}
+    for name, others in aliases.items():
+        if name in weights:
+            weights |= dict.fromkeys(others, weights[name])
+    extra = decode(index.extra) if index is not None else None
+    trainer = extra.get("lightning", {}) if isinstance(extra, dict) else {}
+    kept = ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters")
+    said = {key: trainer[key] for key in kept if key in trainer}
+    torch.save({"state_dict": weights, **said}, out)
+    return f"{len(weights)} tensors, {_bytes(out.stat().st_size)}: {out}"
 
 
 def _files(out: Path, entries: list[Entry]) -> dict[Path, list[Entry]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 
 from ..errors import Nemo2Error
@@ -36,6 +36,13 @@ def refuse(trainer: Trainer) -> None:
             "  options: automatic_optimization = True | nemo2.parallelize and your own loop"
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, BaseFinetuning):
+            raise Nemo2Error(
+                f"{type(callback).__name__} does not work with MegatronStrategy: which parameters"
+                " are trained is settled when the model is split\n"
+                "  options: requires_grad_(False) before fit, and a second fit, of a new module"
+                " from a checkpoint, with more of them"
+            )
         if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
             raise Nemo2Error(
                 f"{type(callback).__name__} does not work with MegatronStrategy: it copies the"

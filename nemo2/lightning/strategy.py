@@ -272,6 +272,19 @@ class MegatronStrategy(ParallelStrategy):
                 sub._device = self.root_device
         return parallel
 
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        try:
+            super().setup_optimizers(trainer)
+        except RuntimeError as error:
+            if "multiple optimizers" not in str(error):
+                raise
+            raise Nemo2Error(
+                "several optimizers do not work with MegatronStrategy: Lightning has them with"
+                " manual optimization, and the schedule runs forward and backward together\n"
+                "  options: one optimizer with parameter groups | nemo2.parallelize and your own"
+                " loop"
+            ) from None
+
     def model_to_device(self) -> None:
         """Nothing to do: splitting the model moves it."""
 
