@@ -403,6 +403,63 @@ def test_models_that_do_not_fit() -> None:
         generate(nn.Embedding(4, 8), [[1, 2]], max_new_tokens=1, step=lambda *_: "x")
 
 
+class Several(nn.Module):
+    """Takes more than ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 8)
+
+    def forward(self, ids: Tensor, segments: Tensor) -> Tensor:
+        return self.embed(ids) + segments
+
+
+@pytest.mark.parametrize(
+    ("build_it", "says"),
+    [
+        (lambda: nn.Linear(4, 4), "Linear does not take ids"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), "Sequential does not take ids"),
+        (Several, r"Several\.forward cannot be called with ids alone: missing.*'segments'"),
+        (lambda: bert("BertForMaskedLM"), "BertForMaskedLM sees the tokens on both sides"),
+        (lambda: bert("BertModel"), "the model returned BaseModelOutput"),
+    ],
+)
+def test_what_is_no_language_model(build_it: Any, says: str) -> None:
+    with pytest.raises(Nemo2Error, match=says):
+        generate(build_it(), [[1, 2, 3], [4]], max_new_tokens=2)
+
+
+def bert(kind: str) -> nn.Module:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8}
+    config = transformers.BertConfig(vocab_size=20, num_attention_heads=2, **sizes)
+    return getattr(transformers, kind)(config)
+
+
+class Segments(nn.Module):
+    """Looks up a constant in a table of two rows, and positions in one of six."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.segment = nn.Embedding(16, 8), nn.Embedding(2, 8)
+        self.positions, self.head = nn.Embedding(6, 8), nn.Linear(8, 16)
+
+    def forward(self, ids: Tensor, cache: Any = None) -> Tensor:
+        x = self.embed(ids) + self.segment(torch.zeros_like(ids))
+        at = torch.arange(ids.shape[1]) if cache is None else cache.positions
+        return self.head(x + self.positions(at))
+
+
+def test_a_constant_is_no_position() -> None:
+    for prompts in ([[1]], [[1, 2]], [[1, 2, 3], [4]], [[4], [1, 2, 3]]):
+        for use_cache in (True, False):
+            model = Segments()
+            made = generate(model, prompts, max_new_tokens=3, use_cache=use_cache)
+            assert [len(x) for x in made] == [len(p) + 3 for p in prompts]
+            for longer in ([[1]], [[1, 2, 3], [4]]):
+                with pytest.raises(Nemo2Error, match="but 'positions' has 6 positions"):
+                    generate(model, longer, max_new_tokens=7, use_cache=use_cache)
+
+
 # --- where it may be called
 
 

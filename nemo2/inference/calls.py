@@ -52,6 +52,11 @@ class Call:
             if use_cache is not False:
                 check_attention(config)
             return cls("transformers", use_cache is not False, takes)
+        if type(module).__name__.endswith("ForMaskedLM"):
+            raise Nemo2Error(
+                f"generate: {type(module).__name__} sees the tokens on both sides of each; generate"
+                " continues prompts\n  options: a causal language model"
+            )
         if "cache" in takes:
             return cls("cache", use_cache is not False, takes)
         if use_cache:
@@ -61,6 +66,14 @@ class Call:
                 "  options: forward(self, ids, cache=None), see nemo2.inference.KVCache |"
                 " step=lambda model, ids, cache: ... | the model inside of it | use_cache=False"
             )
+        try:
+            inspect.signature(module.forward).bind(None)
+        except TypeError as error:
+            raise Nemo2Error(
+                f"generate: {type(module).__name__}.forward cannot be called with ids alone:"
+                f" {error}\n  options: step=lambda model, ids, cache: <logits> | the model inside"
+                " of it"
+            ) from None
         return cls("plain", False, takes)
 
     def logits(self, module: nn.Module, part: Mapping[str, Any], cache: KVCache | None) -> Tensor:
@@ -76,7 +89,18 @@ class Call:
         if self.kind == "step":
             assert self.step is not None
             return logits_of(self.step(module, ids, cache))
-        return logits_of(module(ids, cache=cache) if self.kind == "cache" else module(ids))
+        if self.kind == "cache":
+            return logits_of(module(ids, cache=cache))
+        if not any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in module.modules()):
+            try:
+                output = module(ids)
+            except RuntimeError as error:
+                raise Nemo2Error(
+                    f"generate: {type(module).__name__} does not take ids (batch, tokens), and has"
+                    f" no embedding: {error}\n  options: a causal language model"
+                ) from error
+            return logits_of(output)
+        return logits_of(module(ids))
 
     def _for_transformers(self, part: Mapping[str, Any], cache: KVCache | None) -> dict[str, Any]:
         if cache is None:

@@ -5,6 +5,7 @@ On a mesh only the first stage would find out, and the others would wait for it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class Table:
             )
 
 
+_POSITIONS = re.compile(r"pos|wpe", re.IGNORECASE)
+
 # Module and kind of call -> its tables, found in the first call.
 _found: MutableMapping[nn.Module, dict[Any, tuple[Table, ...]]] = WeakIdKeyDictionary()
 
@@ -68,10 +71,13 @@ def checking_tables(
         yield
         return
     found: dict[str, Table] = {}
+    open_questions: list[str] = []
 
     def look(name: str, embedding: nn.Embedding, index: Any) -> None:
-        offset = _looked_up(index, part)
-        if offset != "else":
+        offset = _looked_up(name, index, part)
+        if offset == "unknown":
+            open_questions.append(name)
+        elif offset != "else":
             found[name] = Table(name, embedding.num_embeddings, offset)  # type: ignore[arg-type]
             found[name].check(request)
 
@@ -80,7 +86,8 @@ def checking_tables(
             if isinstance(embedding, nn.Embedding):
                 stack.callback(_hook(name, embedding, look).remove)
         yield
-    known[kind] = tuple(found.values())
+    if not open_questions:
+        known[kind] = tuple(found.values())
 
 
 def _hook(name: str, embedding: nn.Embedding, look: Any) -> Any:
@@ -92,8 +99,12 @@ def _hook(name: str, embedding: nn.Embedding, look: Any) -> Any:
     return embedding.register_forward_pre_hook(before)
 
 
-def _looked_up(index: Tensor, part: Mapping[str, Any]) -> int | str | None:
-    """Return None for the ids of ``part``, the offset of its positions, or "else"."""
+def _looked_up(name: str, index: Tensor, part: Mapping[str, Any]) -> int | str | None:
+    """Return None for the ids of ``part``, the offset of its positions, "else", or "unknown".
+
+    Of prompts of one token each there is one position, which any constant is like: there the name
+    of the table decides, or nobody.
+    """
     ids: Tensor = part["ids"]
     if index.untyped_storage().data_ptr() == ids.untyped_storage().data_ptr():
         return None
@@ -101,8 +112,10 @@ def _looked_up(index: Tensor, part: Mapping[str, Any]) -> int | str | None:
     if positions is None:
         positions = torch.arange(ids.shape[1], device=ids.device)
     if index.ndim and index.shape[-1] == positions.shape[-1]:
-        last = index.reshape(-1, index.shape[-1])[-1:] - positions.reshape(-1, index.shape[-1])[-1:]
-        offset = int(last[0, -1])
-        if bool((last == offset).all()):
-            return offset
+        rows, looked = (x.reshape(-1, x.shape[-1]) for x in (positions, index))
+        longest = int(rows[:, -1].argmax())
+        apart = looked[longest if len(looked) == len(rows) else -1] - rows[longest]
+        several = bool((rows[longest] != rows[longest][0]).any())
+        if bool((apart == apart[0]).all()):
+            return int(apart[0]) if several or _POSITIONS.search(name) else "unknown"
     return None if torch.equal(index, ids) else "else"
