@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,14 @@ def test_every_page_is_in_the_navigation() -> None:
 
 def page_of(text: str) -> pages.Page:
     return parse(text.replace("~~~", "```"), "page.md")
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    """With every link inside of it."""
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "lightning" / "index.html").exists()
 
 
 def test_a_broken_block_fails_with_its_line(tmp_path: Path) -> None:
