@@ -71,7 +71,9 @@ class MegatronStrategy(ParallelStrategy):
     loss, as its global value, goes on to callbacks. What ``self.log`` logs in a step is
     combined over microbatches and ``dp``, so it is the same on every rank (of a logged
     torchmetrics metric only the epoch's value). Code after the model's call runs on the last
-    stage only. Data is read in the order of the user's sampler, dealt out over ``dp``.
+    stage only; what it keeps in attributes, plain data and tensors of 1 MiB at most, comes to the
+    other stages after the step. Data is read in the order of the user's sampler, dealt out over
+    ``dp``.
 
     Args:
         dp: data-parallel degree; one of the four may be -1, what is left of the devices.
