@@ -274,12 +274,13 @@ def test_a_position_that_means_nothing_is_refused(pool, tmp_path):
 class Average(L.Callback):
     """An average of the weights, kept in the checkpoint."""
 
-    def __init__(self, local: bool = False) -> None:
-        self.local, self.kept, self.steps = local, {}, 0
+    def __init__(self, local: bool = False, state: bool = False) -> None:
+        self.local, self.state, self.kept, self.steps = local, state, {}, 0
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *rest: Any) -> None:
         self.steps += 1
-        for name, p in module.named_parameters():
+        tensors = module.state_dict().items() if self.state else module.named_parameters()
+        for name, p in tensors:
             now = p.detach().to_local() if self.local else p.detach()
             self.kept.setdefault(name, now.clone()).lerp_(now, 0.5)
 
@@ -322,6 +323,39 @@ def test_an_average_of_the_weights_goes_on_on_any_mesh(pool, tmp_path):
             torch.testing.assert_close(torch.tensor(values, dtype=want.dtype), want)
 
 
+class WithBuffers(Lit):
+    """With statistics that differ by rank, and a tied parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(3))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.seen += 1 + self.global_rank
+
+
+def whole_state(folder: str, steps: int, path: str | None = None) -> Any:
+    """Train with an average of all that is in the state_dict."""
+    torch.manual_seed(1)
+    average = Average(state=True)
+    options = {"max_steps": steps, "max_epochs": 3, "val_check_interval": 1.0}
+    strategy = nemo2.MegatronStrategy(dp=2)
+    made = trainer(folder, strategy=strategy, devices=2, callbacks=[average], **options)
+    made.fit(WithBuffers(), data(4, 64), data(4, 16), ckpt_path=path)
+    made.save_checkpoint(f"{folder}/end.ckpt")
+    full = {n: x.full_tensor() if type(x) is DTensor else x for n, x in average.kept.items()}
+    return {n: x.tolist() for n, x in full.items()}
+
+
+def test_an_average_of_tied_weights_and_buffers(pool, tmp_path):
+    """Buffers are rank 0's, as in the checkpoint of the model."""
+    pool.run(2, whole_state, str(tmp_path / "a"), 2)
+    whole = pool.run(2, whole_state, str(tmp_path / "b"), 4)[0]
+    again = pool.run(2, whole_state, str(tmp_path / "c"), 4, str(tmp_path / "a" / "end.ckpt"))[0]
+    assert {"net.embed.weight", "net.head.weight", "seen"} <= again.keys()
+    assert again == whole
+
+
 def shards_only(folder: str) -> str:
     strategy = nemo2.MegatronStrategy(dp=2)
     options = {"max_steps": 1, "val_check_interval": 1.0}
@@ -357,6 +391,38 @@ class Numbers(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, at: int) -> None:
         self.seen.append((batch[0][:, 0] * 24 + batch[0][:, 1]).tolist())
+
+
+def together(folder: str, path: str | None = None) -> list[tuple[int, int]]:
+    """Read a long and a short stream; the short one begins again when it ends."""
+    torch.manual_seed(1)
+    seen: list[tuple[int, int]] = []
+
+    class Two(Lit):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            both = [torch.cat(x) for x in zip(*batch.values(), strict=True)]
+            return super().training_step(both, batch_idx)
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            numbers = [x[0][:, 0] * 24 + x[0][:, 1] for x in batch.values()]
+            seen.append(tuple(int(x[0]) for x in numbers))
+
+    reader = torch.distributed.get_rank()
+    loaders = {n: DataLoader(Stream(reader, 2, 2 * n), batch_size=1) for n in (8, 3)}
+    options = {"max_steps": 8 if path else 5, "val_check_interval": None}
+    made = trainer(folder, strategy=nemo2.MegatronStrategy(dp=2), devices=2, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the training data cannot say")
+        made.fit(Two(), loaders, data(4, 16), ckpt_path=path)
+    if path is None:
+        made.save_checkpoint(f"{folder}/end.ckpt")
+    return seen
+
+
+def test_a_shorter_stream_goes_on_where_it_stood(pool, tmp_path):
+    first = pool.run(2, together, str(tmp_path))[0]
+    then = pool.run(2, together, str(tmp_path), str(tmp_path / "end.ckpt"))[0]
+    assert first + then == [(2 * i, 2 * (i % 3)) for i in range(8)]
 
 
 def streamed(folder: str, mesh: dict[str, Any], steps: int, path: str | None = None) -> Any:

@@ -20,8 +20,10 @@ from tests.trainer_features import (
     NoNumber,
     Run,
     feature,
+    interleaved,
     on_meta,
     refusal,
+    too_much,
 )
 
 LOOSE = {"precision_32": 1e-4, "precision_bf16": 2e-2}
@@ -70,6 +72,22 @@ def saves_amid(folder: str) -> list[str]:
         warnings.simplefilter("always")
         run.fit(callbacks=[keep], max_steps=2, enable_checkpointing=True, **options)
     return [str(w.message) for w in caught]
+
+
+def test_what_cannot_come_to_other_stages_is_told(pool: Pool, tmp_path: Path) -> None:
+    ranks = pool.run(4, too_much, str(tmp_path))
+    said = ranks[0][0]
+    assert any("self.large was changed by a step and has 1048" in text for text in said)
+    assert any("self.function was changed" in text and "cannot be sent" in text for text in said)
+    assert len(said) == 2
+    assert [small for _, small, _ in ranks] == [True] * 4
+    assert [large for _, _, large in ranks] == [False, False, True, True]
+
+
+def test_chunks_of_one_rank_keep_once(pool: Pool, tmp_path: Path) -> None:
+    one, other = pool.run(2, interleaved, str(tmp_path))
+    assert one == other
+    assert one[0] == 8  # 4 steps of 2 microbatches
 
 
 def anomaly(folder: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import struct
 import warnings
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import callbacks as lightning_callbacks
@@ -408,6 +410,17 @@ def moving_average(run: Run) -> Any:
     return made.validate(module, run.data(16), verbose=False)
 
 
+class Meter:
+    """Counts, as users' own classes do."""
+
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
+
+    def update(self, value: float) -> None:
+        self.total += value
+        self.count += 1
+
+
 class Keeps(Lit):
     """Keeps in its attributes what its steps make, before and after the model is called."""
 
@@ -415,12 +428,25 @@ class Keeps(Lit):
         super().__init__()
         self.losses, self.outputs, self.by_batch, self.met = [], [], {}, 0
         self.given: list[float] = []
+        self.ordered, self.recent = OrderedDict(a=1), deque(maxlen=3)
+        self.nested, self._hidden, self.meter = {"all": [[]]}, [], Meter()
+        self.array, self.indices = np.zeros(2), set()
+        self.register_buffer("running", torch.zeros((), dtype=torch.float64))
+        self.counted = torch.zeros(())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.met += 1
         loss, _ = self.loss(batch)
         self.losses.append(loss.detach())
         self.after, self.last = self.met, loss.detach()
+        self.recent.append(loss.item())
+        self.nested["all"][0].append(loss.detach())
+        self._hidden.append(batch_idx)
+        self.meter.update(loss.item())
+        self.indices.add(batch_idx)
+        self.array[:] = batch_idx
+        self.counted.add_(1)
+        self.running = self.running + loss.detach()
         self.log("loss", loss)
         return loss
 
@@ -428,6 +454,16 @@ class Keeps(Lit):
         assert self.after == self.met
         assert self.met % len(self.losses) == 0
         assert self.losses[-1].equal(self.last)
+        count = len(self.losses)
+        assert len(self.nested["all"][0]) == len(self._hidden) == self.meter.count == self.met
+        assert self.counted == self.met
+        assert self.indices == set(range(4))
+        assert list(self.array) == [3, 3]
+        assert list(self.recent) == [x.item() for x in self.losses[-3:]]
+        total = torch.stack(self.nested["all"][0]).sum().item()
+        assert self.meter.total == pytest.approx(total)
+        assert self.running.item() == pytest.approx(total)
+        assert self.met == count * (self.current_epoch + 1)
         kept = self.all_gather(torch.stack(self.losses).mean()).mean()
         self.log("mean", kept, sync_dist=True)
         self.losses.clear()
@@ -458,6 +494,39 @@ def kept_in_attributes(run: Run) -> Any:
     return run.fit(Keeps, max_epochs=2, max_steps=8)
 
 
+class KeepsMuch(Lit):
+    """Keeps what is too large to bring to other stages, and what cannot be sent."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss, _ = self.loss(batch)
+        self.large, self.small = torch.zeros(1 << 18), loss.detach()
+        self.function = lambda: loss
+        self.log("loss", loss)
+        return loss
+
+
+def too_much(folder: str) -> tuple[list[str], bool, bool]:
+    run = Run(folder, True)
+    made = run.trainer(max_steps=2)
+    torch.manual_seed(1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made.fit(module := KeepsMuch(), run.data(), run.data(16))
+    said = [str(w.message) for w in caught if "stays on the last stage" in str(w.message)]
+    return said, hasattr(module, "small"), hasattr(module, "large")
+
+
+def interleaved(folder: str) -> Any:
+    """Return what ``Keeps`` keeps where a rank has two chunks of the model."""
+    pipeline = nemo2.Pipeline(microbatches=2, virtual_stages=2, schedule="interleaved")
+    strategy = nemo2.MegatronStrategy(pp=2, pipeline=pipeline)
+    options = {"val_check_interval": None, "num_sanity_val_steps": 0, "max_steps": 4}
+    made = trainer(folder, strategy=strategy, devices=2, **options)
+    torch.manual_seed(1)
+    made.fit(module := Keeps(), data(8, 32), data(8, 16))
+    return module.met, module.meter.total, list(module.recent)
+
+
 class Norms(Lit):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         on_mesh = self.trainer.world_size > 1
@@ -472,13 +541,14 @@ def gradient_norms(run: Run) -> Any:
 
 
 class Gathers(Lit):
-    """Gathers over the replicas in its steps and in its hooks."""
+    """Gathers over the replicas in its steps, with and without gradients, and in its hooks."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss, logits = self.loss(batch)
         self.log("loss", loss)
         self.log("squares", self.all_gather(logits.detach()).square().mean())
-        return loss
+        self.log("largest", self.all_gather(batch[0].max().float()).max())
+        return loss + 0.1 * self.all_gather(logits, sync_grads=True).square().mean()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", self.all_gather(self.loss(batch)[0]).mean())
@@ -500,11 +570,19 @@ class Recording(Memory):
 
     def __init__(self) -> None:
         super().__init__()
-        self.experiment = mock.Mock()
+        self.made = mock.Mock()
+
+    save_dir = "here"
+
+    @property
+    def experiment(self) -> Any:
+        return self.made
 
 
 class LogsItself(Lit):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        assert isinstance(self.logger, Recording)
+        assert self.logger.save_dir == "here"
         self.logger.experiment.add_scalar("mine", float(batch[0].max()), self.global_step)
         loss, _ = self.loss(batch)
         self.log("loss", loss)
@@ -516,7 +594,7 @@ def logger_in_a_step(run: Run) -> Any:
     logger = Recording()
     result = run.fit(LogsItself, logger=logger)
     each = 2 if run.on_mesh else 1  # microbatches
-    steps = [call.args[2] for call in logger.experiment.add_scalar.call_args_list]
+    steps = [call.args[2] for call in logger.made.add_scalar.call_args_list]
     assert steps == [step for step in range(4) for _ in range(each)]
     return result
 
@@ -629,6 +707,13 @@ class Reads(Lit):
         return self.loss(batch)[0]
 
 
+class AsksRankZero(Lit):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss, _ = self.loss(batch)
+        assert self.trainer.log_dir is not None
+        return loss
+
+
 class NoNumber(Lit):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return (0 * self.loss(batch)[0]).sqrt()
@@ -726,6 +811,10 @@ def reads_itself(run: Run) -> Any:
     return run.fit(Reads)
 
 
+def asks_rank_zero(run: Run) -> Any:
+    return run.fit(AsksRankZero)
+
+
 def samples_by_rank(run: Run) -> Any:
     order = DistributedSampler(_samples(40), shuffle=False)
     return run.fit(train=DataLoader(_samples(40), 4, sampler=order))
@@ -766,6 +855,7 @@ REFUSED: dict[Callable[[Run], Any], str] = {
     weight_averaging: "WeightAveraging does not work with MegatronStrategy",
     stochastic_weight_averaging: "StochasticWeightAveraging does not work with",
     reads_itself: r"training_step\(self, dataloader_iter\) does not work",
+    asks_rank_zero: r"trainer\.strategy\.broadcast \(of which trainer\.log_dir makes use\)",
     samples_by_rank: _DIFFERENT,
     stream_by_rank: _DIFFERENT,
     samples_changed_apart: _DIFFERENT,

@@ -35,7 +35,7 @@ def take_out(data: Any, target: Target, content: Content) -> Any:
         if tensor.placements != getattr(item.param, "placements", None):
             return False
         if item.owner == target.stage:
-            content.add(_name((*path[:-1], item.name)), item, local, turn)
+            content.add(_name(path), item, local, turn)
         return True
 
     return _without(data, (), taken)
@@ -67,8 +67,10 @@ def stored_beside(index: Index, target: Target) -> Iterator[tuple[str, _Path, It
             text = name.removeprefix(BESIDE)
             path, end = json.JSONDecoder().raw_decode(text)
             if text[end:] in items:
-                item = items[text[end:]]
-                yield name, (*path, here.get(id(item.param), item.name)), item
+                item, key = items[text[end:]], text[end:]
+                if key == item.name:
+                    key = here.get(id(item.param), key)
+                yield name, (*path, key), item
 
 
 def put_in(data: Any, found: Mapping[_Path, Tensor]) -> None:

@@ -168,6 +168,11 @@ def convert(path: Path, out: Path, format: str, part: str = "") -> str:
         if format == "lightning":
             out.parent.mkdir(parents=True, exist_ok=True)
             weights = {n.removeprefix(prefix): contents.read(n) for n in chosen}
+            for name, others in (contents.index.aliases if contents.index else {}).items():
+                if MODEL + name in chosen:
+                    full = [MODEL + other for other in others]
+                    inside = [n.removeprefix(prefix) for n in full if n.startswith(prefix)]
+                    weights |= dict.fromkeys(inside, weights[(MODEL + name).removeprefix(prefix)])
             return _write_lightning(out, weights, contents.index)
         entries = [
             Entry(n.removeprefix(prefix), infos[n].dtype, infos[n].shape, partial(contents.read, n))
@@ -189,10 +194,6 @@ def convert(path: Path, out: Path, format: str, part: str = "") -> str:
 
 def _write_lightning(out: Path, weights: dict[str, Tensor], index: Index | None) -> str:
     """Write what Lightning reads: weights under all of their names, and what it says of them."""
-    aliases = index.aliases if index is not None else {}
-    for name, others in aliases.items():
-        if name in weights:
-            weights |= dict.fromkeys(others, weights[name])
     extra = decode(index.extra) if index is not None else None
     trainer = extra.get("lightning", {}) if isinstance(extra, dict) else {}
     kept = ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters")

@@ -223,11 +223,15 @@ def _own_tensors(callbacks: Mapping[str, Any], parallel: ParallelModel) -> list[
     Communication: one all-gather of objects over the world.
     """
     tree: Any = callbacks
+    buffers = {name for name, _ in parallel.module.named_buffers()}
     paths, leaves, _ = optree.tree_flatten_with_path(tree, none_is_leaf=True)
     mine = {
         path: zlib.crc32(bytes_of(x.detach().cpu()))
         for path, x in zip(paths, leaves, strict=True)
-        if isinstance(x, Tensor) and not isinstance(x, DTensor) and x.numel() > 1
+        if isinstance(x, Tensor)
+        and not isinstance(x, DTensor)
+        and x.numel() > 1
+        and path[-1] not in buffers  # rank 0's, as they are in the model
     }
     ranks: list[Any] = [None] * parallel.groups.sizes.world
     dist.all_gather_object(ranks, mine, group=parallel.groups.world)

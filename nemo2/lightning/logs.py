@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 from torchmetrics import Metric
@@ -23,7 +23,7 @@ from torchmetrics import Metric
 from ..errors import Nemo2Error
 from ..model import ParallelModel
 from ..sharding.modes import suspended
-from .attributes import State, apply, changes, own_state, put_back
+from .attributes import Left, Undo, apply
 from .metrics import MetricName, Metrics
 
 EQUAL = "the same on every rank"
@@ -55,7 +55,7 @@ class LogCapture:
         self.microbatches: list[list[Call]] = []
         self.metrics = Metrics(module)
         self._planning = False
-        self._before: State | None = None
+        self._left: Left | None = None
 
     # --- while the schedule runs
 
@@ -68,18 +68,29 @@ class LogCapture:
         self.microbatches.append([])
         attributes = self.module.__dict__
         attributes.update(log=self._log, print=self._print)
-        before = own_state(self.module) if self._planning else {}
-        if not self._planning and self._before is None and self.parallel.groups.sizes.pp > 1:
-            self._before = own_state(self.module)
-        heard = nullcontext() if not self._planning else _unheard(self.module)
+        trainer = self.module.trainer
+        undo: Undo | Left | None = None
+        if self._planning:
+            undo = Undo(self.module, trainer.callbacks)  # type: ignore[attr-defined]
+        elif runner.last and self.parallel.groups.sizes.pp > 1:
+            here = Left(self.module)
+            self._left = self._left or here
+            undo = here if unseen else None  # of several chunks the last one's counts
+        heard = _unheard(trainer) if self._planning else nullcontext()
+        trainer.strategy.planning = self._planning  # type: ignore[attr-defined]
         try:
             with self.metrics.quiet(skip=unseen), heard:
                 yield
+        except Exception:
+            if isinstance(undo, Undo):
+                undo.complete = False
+            raise
         finally:
+            trainer.strategy.planning = False  # type: ignore[attr-defined]
             if unseen:
                 self.microbatches.pop()
-            if self._planning:
-                put_back(self.module, before)
+            if undo is not None:
+                undo.put_back()
             for name in ("log", "print"):
                 attributes.pop(name, None)
 
@@ -137,11 +148,10 @@ class LogCapture:
             dist.all_gather_object(gathered, runs, group=groups.dp)
             runs = [run for part in gathered for run in part]
         self.metrics.share(self.parallel)
-        before, last = self._before or {}, self.parallel.runner.last
-        left = changes(self.module, before) if last and groups.sizes.pp > 1 else {}
+        left = self._left.changes() if self._left is not None else {}
         calls, left = self.parallel.from_last_stage((_combine(runs), left))
-        if not last:
-            apply(self.module, before, left, groups.device)
+        if not self.parallel.runner.last:
+            apply(self.module, left, groups.device)
         for call in calls:
             if call.name is None:
                 self.module.print(call.value)
@@ -203,12 +213,20 @@ def _combine_same(calls: list[Call]) -> Call:
 
 
 @contextmanager
-def _unheard(module: LightningModule) -> Iterator[None]:
-    """Give the module loggers that log nothing."""
-    trainer = module.trainer
-    loggers = trainer.loggers
-    trainer.loggers = [DummyLogger() for _ in loggers]
+def _unheard(trainer: Trainer) -> Iterator[None]:
+    """Let the loggers log nothing; all else that they say of themselves they still say."""
+    kinds = [type(logger) for logger in trainer.loggers]
     try:
+        for logger, kind in zip(trainer.loggers, kinds, strict=True):
+            logs = [name for name in dir(kind) if name.startswith("log_")]
+            quiet: dict[str, Any] = {n: _nothing for n in logs if callable(getattr(kind, n))}
+            quiet["experiment"] = property(lambda _: DummyLogger().experiment)
+            logger.__class__ = type(kind.__name__, (kind,), quiet)
         yield
     finally:
-        trainer.loggers = loggers
+        for logger, kind in zip(trainer.loggers, kinds, strict=True):
+            logger.__class__ = kind
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -12,7 +11,6 @@ import torch.distributed as dist
 from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from lightning.fabric.utilities.distributed import (
-    _all_gather_ddp_if_available,
     _init_dist_connection,
     _sync_ddp_if_available,
 )
@@ -37,7 +35,6 @@ from ..mesh.watchdog import Watchdog
 from ..model import ParallelModel
 from ..options import ContextParallel, DataParallel, Pipeline
 from ..parallelize import parallelize
-from ..pipeline.absent import is_absent
 from ..sharding.modes import suspended
 from .alike import Alike
 from .checkpoint import Checkpoints, model_state, optimizer_state
@@ -71,8 +68,8 @@ class MegatronStrategy(ParallelStrategy):
     loss, as its global value, goes on to callbacks. What ``self.log`` logs in a step is
     combined over microbatches and ``dp``, so it is the same on every rank (of a logged
     torchmetrics metric only the epoch's value). Code after the model's call runs on the last
-    stage only; what it keeps in attributes, plain data and tensors of 1 MiB at most, comes to the
-    other stages after the step. Data is read in the order of the user's sampler, dealt out over
+    stage only; what it keeps in the module's attributes, of 1 MiB each at most, comes to the other
+    stages after the step. Data is read in the order of the user's sampler, dealt out over
     ``dp``.
 
     Args:
@@ -138,6 +135,7 @@ class MegatronStrategy(ParallelStrategy):
         self._checkpoints = Checkpoints(asynchronous_save)
         self._preemption = Preemption()
         self._alike = Alike()
+        self.planning = False  # whether a step runs on shapes, to be planned
 
     # --- who and where
 
@@ -423,7 +421,24 @@ class MegatronStrategy(ParallelStrategy):
 
     # --- communication
 
+    def _planned(self, what: str) -> bool:
+        """Say whether this is a step that is only planned, where ranks do not meet.
+
+        Raises: Nemo2Error, with stages, for what all ranks of the world do together: when it runs,
+            they are not in the same part of the step.
+        """
+        if self.planning and self.mesh["pp"].size() > 1:
+            raise Nemo2Error(
+                f"{what} in a step: all ranks do that together, and under pp the stages are in"
+                " different parts of it\n"
+                "  options: in a hook, such as on_fit_start, kept in an attribute | self.log,"
+                " self.all_gather"
+            )
+        return self.planning
+
     def barrier(self, name: str | None = None) -> None:
+        if self._planned("trainer.strategy.barrier"):
+            return
         if dist.is_initialized() and dist.get_world_size() > 1:
             devices = [self.root_device.index] if self.root_device.type == "cuda" else None
             dist.barrier(device_ids=devices)
@@ -431,13 +446,15 @@ class MegatronStrategy(ParallelStrategy):
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return obj
+        if self._planned("trainer.strategy.broadcast (of which trainer.log_dir makes use)"):
+            return obj
         box = [obj]
         dist.broadcast_object_list(box, src=src, device=self.root_device)
         return box[0]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Reduce over ``dp``: the other ranks of a dp coordinate have the same values."""
-        if not isinstance(tensor, Tensor) or group == EQUAL:
+        if not isinstance(tensor, Tensor) or group == EQUAL or self.planning:
             return tensor
         return _sync_ddp_if_available(tensor, self._group(group), reduce_op=reduce_op)
 
@@ -450,17 +467,15 @@ class MegatronStrategy(ParallelStrategy):
         group = self._group(group)
         if not dist.is_initialized() or dist.get_world_size(group) == 1:
             return tensor
-        if is_absent(tensor):  # a step that is only planned
-            return torch.stack([tensor] * dist.get_world_size(group))
-        with suspended(), warnings.catch_warnings():
-            # torch 2.13 deprecates the function of it that Lightning uses.
-            warnings.simplefilter("ignore", FutureWarning)
-            gathered = _all_gather_ddp_if_available(tensor, group, sync_grads=sync_grads)
-            parts = gathered.unbind()
+        if self.planning:  # alone: the other ranks may have planned this step before
+            parts = (tensor,) * dist.get_world_size(group)
+        else:
+            with suspended(), torch.set_grad_enabled(sync_grads and torch.is_grad_enabled()):
+                parts = _Gather.apply(tensor.contiguous(), group)  # type: ignore[no-untyped-call]
         return torch.stack(parts)  # the one call that is planned
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        if not dist.is_initialized():
+        if not dist.is_initialized() or self._planned("trainer.strategy.reduce_boolean_decision"):
             return decision
         flag = torch.tensor(int(decision), device=self.root_device)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
@@ -522,3 +537,20 @@ class MegatronStrategy(ParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Nothing to do: ``load_checkpoint`` has filled the optimizers."""
+
+
+class _Gather(torch.autograd.Function):
+    """Gathers a tensor from all ranks of a group; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> tuple[Tensor, ...]:
+        ctx.group = group
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, tensor, group=group)
+        return tuple(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        whole = torch.stack([g.contiguous() for g in grads])
+        dist.all_reduce(whole, group=ctx.group)
+        return whole[dist.get_rank(ctx.group)], None

@@ -15,7 +15,8 @@ class Together:
     """Iterates over ``loader`` as long as all ranks have batches; is ``loader`` in all else.
 
     Args:
-        done: batches to read and drop when the first iteration begins: training has seen them.
+        done: batches to read and drop when the first iteration begins: training has seen them,
+            in several rounds of data that is shorter than what is read beside it.
 
     Communication: one all-reduce of 3 numbers over the world for each batch.
     Raises: Nemo2Error on all ranks when some have no more batch and others do (they would wait
@@ -37,7 +38,7 @@ class Together:
 
     def __iter__(self) -> Iterator[Any]:
         done, self._done = self._done, 0  # not before: the Trainer may drop the first iterator
-        batches, count = iter(self.loader), 0
+        batches, count, round_began = iter(self.loader), 0, 0
         while True:
             batch, failed, ended = None, None, False
             try:
@@ -63,6 +64,9 @@ class Together:
                     "  options: as many batches on each rank |"
                     f" Trainer(limit_train_batches={count}), or limit_val_batches and so on"
                 )
+            if ended and round_began < count < done:
+                batches, round_began = iter(self.loader), count
+                continue
             if ended:
                 return
             if count >= done:
