@@ -666,6 +666,10 @@ def test_convert_for_lightning_alone(pool, tmp_path, capsys):
     assert found == pytest.approx(want)
     (found,) = trainer(tmp_path).validate(Lit(), data(8, 16), str(out), verbose=False)
     assert found == pytest.approx(want)
+    words = ("--format", "lightning", "--part", "net")
+    assert command("convert", tmp_path / "saved", tmp_path / "net.ckpt", *words) == 0
+    part = torch.load(tmp_path / "net.ckpt", weights_only=True)["state_dict"]
+    assert part.keys() == Lit().net.state_dict().keys()
 
 
 def trained_lit(path: str) -> dict[str, float]:

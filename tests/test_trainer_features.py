@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils._pytree import tree_flatten
 
 import nemo2
+from nemo2.lightning.alike import fingerprint
 from tests.lightning_programs import Lit, data, trainer
 from tests.pool import Pool
 from tests.trainer_features import (
@@ -115,6 +118,26 @@ def test_samples_read_twice_are_told(pool: Pool, tmp_path: Path) -> None:
 def test_a_save_amid_accumulated_gradients_is_told(pool: Pool, tmp_path: Path) -> None:
     said = pool.run(4, saves_amid, str(tmp_path))[0]
     assert [t for t in said if "saved after 1 of 2 batches whose gradients are" in t]
+
+
+def test_fingerprints_of_all_kinds_of_batches() -> None:
+    """What is equal has one, what differs another one, and none fails."""
+
+    def batches() -> list[Any]:
+        x = torch.arange(20000.0).reshape(4, -1)
+        kinds = [x, x.int(), x.bfloat16(), x.to_sparse(), x[:, ::2], x.T, x[:0], x > 3]
+        odd = [torch.complex(x, x).conj(), torch.complex(x, x).conj().imag]
+        parts = [torch.ones(2), torch.ones(3)]
+        nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+        plain = [["a", 1, None, 2.5], {"x": x, "y": (x, "b")}, np.arange(5), object(), nested]
+        return [*kinds, *odd, *plain]
+
+    made = [fingerprint(batch) for batch in batches()]
+    assert made == [fingerprint(batch) for batch in batches()]
+    assert len(set(made)) == len(made)
+    x = torch.arange(20000.0)
+    assert fingerprint(x) != fingerprint(x + 1)
+    assert fingerprint(x) != fingerprint(x.reshape(2, -1))
 
 
 def test_configure_model_on_meta(pool: Pool, tmp_path: Path) -> None:
