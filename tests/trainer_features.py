@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import struct
+import threading
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -421,6 +422,17 @@ class Meter:
         self.count += 1
 
 
+class Reader:
+    """Is written to by another thread, too: nobody but its owner puts back what it holds."""
+
+    def __init__(self) -> None:
+        self.lock, self.taken = threading.Lock(), 0
+
+    def read(self) -> None:
+        with self.lock:
+            self.taken += 1
+
+
 class Keeps(Lit):
     """Keeps in its attributes what its steps make, before and after the model is called."""
 
@@ -431,11 +443,13 @@ class Keeps(Lit):
         self.ordered, self.recent = OrderedDict(a=1), deque(maxlen=3)
         self.nested, self._hidden, self.meter = {"all": [[]]}, [], Meter()
         self.array, self.indices = np.zeros(2), set()
+        self.reader = Reader()
         self.register_buffer("running", torch.zeros((), dtype=torch.float64))
         self.counted = torch.zeros(())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.met += 1
+        self.reader.read()
         loss, _ = self.loss(batch)
         self.losses.append(loss.detach())
         self.after, self.last = self.met, loss.detach()
@@ -455,6 +469,7 @@ class Keeps(Lit):
         assert self.met % len(self.losses) == 0
         assert self.losses[-1].equal(self.last)
         count = len(self.losses)
+        assert self.reader.taken >= self.met
         assert len(self.nested["all"][0]) == len(self._hidden) == self.meter.count == self.met
         assert self.counted == self.met
         assert self.indices == set(range(4))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import operator
 import pickle
+import sys
+import sysconfig
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
@@ -29,7 +31,6 @@ from ..sharding.modes import suspended
 _LARGEST = 1 << 20  # bytes of an attribute that goes to other stages after a step
 _DEEPEST = 2000  # values that are looked into, of one attribute
 _FEW = 1024  # bytes of an array that is compared in every step
-_OTHERS = ("torch", "lightning", "builtins", "numpy", "functools")  # whose objects stay closed
 _GONE = object()
 
 # Module -> attributes that its steps change, as planning them showed: the same on all ranks.
@@ -98,10 +99,31 @@ def _content(x: Any) -> Any:
         return x._version, x.detach().clone()
     if isinstance(x, np.ndarray):
         return x.copy() if x.nbytes <= _LARGEST else None
-    if type(x).__module__.partition(".")[0] in _OTHERS:
-        return None
-    attributes = getattr(x, "__dict__", None)
-    return _Attributes(attributes) if isinstance(attributes, dict) else None
+    return _Attributes(vars(x)) if _is_plain(x) else None
+
+
+def _is_plain(x: Any) -> bool:
+    """Say whether ``x`` is an object of a class of the user that is looked into.
+
+    Not one that other threads may write to meanwhile.
+    """
+    if isinstance(x, _SIMPLE) or not isinstance(getattr(x, "__dict__", None), dict):
+        return False
+    threaded = any(type(v).__module__ in _THREADS for v in vars(x).values())
+    return _is_own(type(x)) and not threaded
+
+
+_THREADS = ("threading", "_thread", "queue", "_queue", "multiprocessing.queues", "asyncio.events")
+
+
+@cache
+def _is_own(kind: Any) -> bool:
+    """Say whether a class was written by the user, and not for a library."""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    if file is None:
+        return kind.__module__ == "__main__"
+    paths = sysconfig.get_paths()
+    return not file.startswith((paths["stdlib"], paths["purelib"], paths["platlib"]))
 
 
 class _Attributes(dict[str, Any]):
@@ -249,8 +271,7 @@ def _mark(x: Any) -> Any:
     if isinstance(x, (list, dict, set, deque)):
         few = len(x) <= _FEW // 8
         return tuple(map(id, x.values() if isinstance(x, dict) else x)) if few else len(x)
-    own = isinstance(x, _SIMPLE) or type(x).__module__.partition(".")[0] in _OTHERS
-    return None if own else tuple(map(id, getattr(x, "__dict__", {}).values()))
+    return tuple(map(id, vars(x).values())) if _is_plain(x) else None
 
 
 def _message(now: Any, was: Any, held: Iterable[tuple[Any, Any]]) -> tuple[Any, ...]:
