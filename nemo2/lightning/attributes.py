@@ -110,7 +110,8 @@ def _is_plain(x: Any) -> bool:
     if isinstance(x, _SIMPLE) or not isinstance(getattr(x, "__dict__", None), dict):
         return False
     threaded = any(type(v).__module__ in _THREADS for v in vars(x).values())
-    return _is_own(type(x)) and not threaded
+    kind: Any = type(x)
+    return not threaded and _is_own(kind)
 
 
 _THREADS = ("threading", "_thread", "queue", "_queue", "multiprocessing.queues", "asyncio.events")
@@ -123,7 +124,7 @@ def _is_own(kind: Any) -> bool:
     if file is None:
         return kind.__module__ == "__main__"
     paths = sysconfig.get_paths()
-    return not file.startswith((paths["stdlib"], paths["purelib"], paths["platlib"]))
+    return not str(file).startswith((paths["stdlib"], paths["purelib"], paths["platlib"]))
 
 
 class _Attributes(dict[str, Any]):
