@@ -122,7 +122,7 @@ def _is_own(kind: Any) -> bool:
     """Say whether a class was written by the user, and not for a library."""
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
     if file is None:
-        return kind.__module__ == "__main__"
+        return bool(kind.__module__ == "__main__")
     paths = sysconfig.get_paths()
     return not str(file).startswith((paths["stdlib"], paths["purelib"], paths["platlib"]))
 
