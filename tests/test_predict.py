@@ -80,8 +80,7 @@ def test_predict(pool: Pool, tmp_path: Any, mesh: dict[str, Any]) -> None:
             torch.testing.assert_close(found[kind][0], want)
             half = 4 // dp
             sizes = [half] * 4 if kind in JOINED else [2 * half] * 2
-            stages = mesh["pipeline"].virtual_stages  # of each rank, which all call the step
-            assert found[kind][1] == sizes * stages, (rank, kind)
+            assert found[kind][1] == sizes, (rank, kind)  # of several chunks the last one counts
 
 
 # --- in training
