@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .index import BESIDE, Index
-from .shards import Content
+from .shards import Content, laid_out_as
 from .target import Item, Target
 
 _Path = tuple[str, ...]
@@ -29,13 +29,10 @@ def take_out(data: Any, target: Target, content: Content) -> Any:
 
     def taken(path: _Path, tensor: DTensor) -> bool:
         turn, item = items.get(path[-1], (0, None))
-        local = tensor._local_tensor.detach()
-        if item is None or item.local is None or local.shape != item.local.shape:
-            return False
-        if tensor.placements != getattr(item.param, "placements", None):
+        if item is None or item.local is None or not laid_out_as(tensor, item):
             return False
         if item.owner == target.stage:
-            content.add(_name(path), item, local, turn)
+            content.add(_name(path), item, tensor._local_tensor.detach(), turn)
         return True
 
     return _without(data, (), taken)

@@ -178,20 +178,21 @@ class _Plan:
                 whole = Part(Box.whole(info.shape), (0,) * len(info.shape))
                 self.wanted[name] = Wanted(state[key], (whole,))
             elif self._fits(item, name, f"the optimizer's '{key}' of '{item.name}'"):
-                assert item.local is not None
-                local = torch.empty_like(item.local, dtype=info.dtype)
-                self.wanted[name] = Wanted(local, item.parts)
-                state[key] = item.wrap(local)
+                state[key] = self._like(item, name)
         return state
+
+    def _like(self, item: Item, name: str) -> Tensor:
+        """Make the memory of a tensor laid out as ``item``, and note it to be filled."""
+        assert item.local is not None
+        local = torch.empty_like(item.local, dtype=self.index.tensors[name].dtype)
+        self.wanted[name] = Wanted(local, item.parts)
+        return item.wrap(local)
 
     def want_beside(self) -> None:
         """Make the memory of what plain data keeps under parameters' names, to be filled."""
         for name, path, item in stored_beside(self.index, self.target):
             if self._fits(item, name, f"'{item.name}' in {list(path[:-1])}"):
-                assert item.local is not None
-                local = torch.empty_like(item.local, dtype=self.index.tensors[name].dtype)
-                self.wanted[name] = Wanted(local, item.parts)
-                self.beside[path] = item.wrap(local)
+                self.beside[path] = self._like(item, name)
 
     def _misfits(self, optimizer: Optimizer, saved: Mapping[str, Any]) -> list[str]:
         """Return why an optimizer cannot take what was saved."""

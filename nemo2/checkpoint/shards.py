@@ -115,6 +115,12 @@ def like_its_parameter(key: str, value: Any, item: Item) -> bool:
     return alike and not (key in _SCALARS and not item.shape)
 
 
+def laid_out_as(value: DTensor, item: Item) -> bool:
+    """Say whether a tensor is split over ranks as its parameter is."""
+    same = value.shape == item.shape and value._local_tensor.shape == _local_shape(item)
+    return same and value.placements == getattr(item.param, "placements", None)
+
+
 def _optimizer_content(
     content: Content, target: Target, optimizer: Optimizer, number: int
 ) -> dict[str, Any]:
@@ -149,8 +155,7 @@ def _add_state(
         return encode(value, f"the state '{key}' of '{item.name}'")
     like = like_its_parameter(key, value, item)
     if isinstance(value, DTensor):
-        fits = value.shape == item.shape and value._local_tensor.shape == _local_shape(item)
-        if not fits or value.placements != getattr(item.param, "placements", None):
+        if not laid_out_as(value, item):
             raise CheckpointError(
                 f"the optimizer's '{key}' of '{item.name}' has shape {tuple(value.shape)} and is"
                 f" split as {value.placements}: not as its parameter, {item.shape}\n"

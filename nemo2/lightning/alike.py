@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..checkpoint.plain import bytes_of
 from ..errors import Nemo2Error
 from ..mesh.groups import MeshGroups
 from ..pytree import tree_leaves
@@ -76,8 +77,7 @@ def _bytes(x: Any) -> bytes:
         if x.layout != torch.strided or x.is_quantized:
             return said
         flat = x.detach().resolve_conj().resolve_neg().reshape(-1)
-        some = flat[:: flat.numel() // _LOOKED_AT + 1].cpu().contiguous()
-        return said + some.view(torch.uint8).numpy().tobytes()
+        return said + bytes(bytes_of(flat[:: flat.numel() // _LOOKED_AT + 1].cpu()))
     if isinstance(x, np.ndarray) and x.dtype != object:
         return f"{x.dtype} {x.shape}".encode() + x.ravel()[:: x.size // _LOOKED_AT + 1].tobytes()
     if isinstance(x, (bool, int, float, complex, str, bytes, type(None))):

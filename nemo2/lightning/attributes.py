@@ -25,6 +25,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..checkpoint.plain import bytes_of
 from ..pipeline.absent import is_absent
 from ..sharding.modes import suspended
 
@@ -345,8 +346,7 @@ class _Pickler(pickle.Pickler):
             raise pickle.PicklingError("a tensor of the model")
         if x.nbytes > _LARGEST:
             return (x.dtype, tuple(x.shape), b" " * (_LARGEST + 1), x.is_cpu)  # too large to go
-        held = x.detach().cpu().contiguous().reshape(-1)
-        return (x.dtype, tuple(x.shape), held.view(torch.uint8).numpy().tobytes(), x.is_cpu)
+        return (x.dtype, tuple(x.shape), bytes(bytes_of(x.detach().cpu())), x.is_cpu)
 
 
 class _Unpickler(pickle.Unpickler):

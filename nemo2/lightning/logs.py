@@ -73,9 +73,10 @@ class LogCapture:
         if self._planning:
             undo = Undo(self.module, trainer.callbacks)  # type: ignore[attr-defined]
         elif runner.last and self.parallel.groups.sizes.pp > 1:
-            here = Left(self.module)
-            self._left = self._left or here
-            undo = here if unseen else None  # of several chunks the last one's counts
+            if self._left is None:
+                self._left = Left(self.module)
+            if unseen:  # of several chunks the last one's counts
+                undo = Left(self.module)
         heard = _unheard(trainer) if self._planning else nullcontext()
         trainer.strategy.planning = self._planning  # type: ignore[attr-defined]
         try:
