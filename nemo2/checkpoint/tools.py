@@ -167,13 +167,7 @@ def convert(path: Path, out: Path, format: str, part: str = "") -> str:
         contents.check(chosen)
         if format == "lightning":
             out.parent.mkdir(parents=True, exist_ok=True)
-            weights = {n.removeprefix(prefix): contents.read(n) for n in chosen}
-            for name, others in (contents.index.aliases if contents.index else {}).items():
-                if MODEL + name in chosen:
-                    full = [MODEL + other for other in others]
-                    inside = [n.removeprefix(prefix) for n in full if n.startswith(prefix)]
-                    weights |= dict.fromkeys(inside, weights[(MODEL + name).removeprefix(prefix)])
-            return _write_lightning(out, weights, contents.index)
+            return _write_lightning(out, contents, chosen, prefix)
         entries = [
             Entry(n.removeprefix(prefix), infos[n].dtype, infos[n].shape, partial(contents.read, n))
             for n in chosen
@@ -192,8 +186,15 @@ def convert(path: Path, out: Path, format: str, part: str = "") -> str:
     return f"{len(entries)} tensors, {_bytes(total)}, in {len(written)} files: {out}"
 
 
-def _write_lightning(out: Path, weights: dict[str, Tensor], index: Index | None) -> str:
+def _write_lightning(out: Path, contents: Contents, chosen: list[str], prefix: str) -> str:
     """Write what Lightning reads: weights under all of their names, and what it says of them."""
+    index = contents.index
+    aliases = index.aliases if index is not None else {}
+    weights: dict[str, Tensor] = {}
+    for name in chosen:
+        others = [MODEL + other for other in aliases.get(name.removeprefix(MODEL), ())]
+        names = [name, *(other for other in others if other.startswith(prefix))]
+        weights |= dict.fromkeys([n.removeprefix(prefix) for n in names], contents.read(name))
     extra = decode(index.extra) if index is not None else None
     trainer = extra.get("lightning", {}) if isinstance(extra, dict) else {}
     kept = ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters")
