@@ -334,6 +334,9 @@ def _clean_state() -> Iterator[None]:
     """Give each job the same starting point, and undo its changes of global settings."""
     environment, dtype = dict(os.environ), torch.get_default_dtype()
     deterministic = torch.are_deterministic_algorithms_enabled()
+    precision, folder = torch.get_float32_matmul_precision(), os.getcwd()
+    # Lightning's launcher sets it; ranks with other numbers of threads round otherwise in bf16.
+    threads = torch.get_num_threads()
     try:
         yield
     finally:
@@ -341,7 +344,10 @@ def _clean_state() -> Iterator[None]:
         os.environ.update(environment)
         torch.set_default_dtype(dtype)
         torch.use_deterministic_algorithms(deterministic)
+        torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads(threads)
         torch.set_grad_enabled(True)
+        os.chdir(folder)
 
 
 @contextmanager

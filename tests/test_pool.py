@@ -6,6 +6,7 @@ import os
 import signal
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +43,28 @@ def warn() -> None:
     warnings.warn("planted", stacklevel=1)
 
 
+def settings() -> tuple[object, ...]:
+    return (
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_grad_enabled(),
+        os.environ.get("PLANTED"),
+        os.getcwd(),
+    )
+
+
+def change_settings(folder: str) -> None:
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.set_default_dtype(torch.float64)
+    torch.set_float32_matmul_precision("medium")
+    torch.use_deterministic_algorithms(True)
+    torch.set_grad_enabled(False)
+    os.environ["PLANTED"] = "1"
+    os.chdir(folder)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_each_job_has_its_own_world(pool: Pool, world_size: int) -> None:
     got = pool.run(world_size, total, 1)
@@ -55,6 +78,12 @@ def test_a_job_on_a_warm_pool_is_quick(pool: Pool) -> None:
     for _ in range(5):
         pool.run(2, total, 0)
     assert (time.monotonic() - start) / 5 < 1.0  # 0.05 s on an idle machine
+
+
+def test_a_job_leaves_no_setting_behind(pool: Pool, tmp_path: Path) -> None:
+    before = pool.run(2, settings)
+    pool.run(1, change_settings, str(tmp_path))
+    assert pool.run(2, settings) == before
 
 
 def test_the_first_failure_is_shown_and_the_next_job_works(pool: Pool) -> None:
