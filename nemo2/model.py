@@ -24,6 +24,7 @@ from .pipeline.identity import flags, identity
 from .pipeline.megatron import Chunk, Groups, run_schedule
 from .pipeline.microbatch import plan_batch, split_batch
 from .pipeline.program import Losses, Program
+from .pipeline.results import from_last_stage
 from .pipeline.runner import StageRunner, Step
 from .places import Place
 from .plan import Plan, StepPlan, plan_step
@@ -254,16 +255,13 @@ class ParallelModel(nn.Module):
             return self._plan_for(step, part, key, plan, forward_only=True)[0]
 
     def from_last_stage(self, value: Any) -> Any:
-        """Return the last stage's ``value`` on every stage.
+        """Return the last stage's ``value`` on every stage; tensors as values, without a graph.
 
-        Communication: one object broadcast over ``pp``.
+        Communication: over ``pp`` one broadcast of an object, and one of its tensors.
         """
         if len(self.plan.stages) == 1:
             return value
-        box = [value]
-        source = dist.get_global_rank(self.groups.pp, self.groups.sizes.pp - 1)
-        dist.broadcast_object_list(box, src=source, group=self.groups.pp, device=self.groups.device)
-        return box[0]
+        return from_last_stage(value, self.groups)
 
     def backward(self, loss_fn: Step, batch: Any) -> Tensor:
         """Add the gradient of the loss to each parameter's ``.grad`` and return the loss.

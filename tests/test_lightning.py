@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import traceback
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -245,6 +247,87 @@ def test_predict_and_test_on_all_stages(pool: Pool, tmp_path: Path) -> None:
     for out, tested in got:
         torch.testing.assert_close(out, want)
         assert tested == got[0][1]
+
+
+# --- what a step does not wait for
+
+
+class Logs(Lit):
+    """Logs tensors and a metric."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = MulticlassAccuracy(num_classes=VOCABULARY, validate_args=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss, logits = self.loss(batch)
+        self.accuracy(logits.flatten(0, 1), batch[1].flatten())
+        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log("largest", logits.max(), reduce_fx="max", batch_size=1 + len(batch[0]))
+        return loss
+
+
+class Waits(L.Callback):
+    """Notes who reads a value of a tensor, and so waits for it, in the steps 5 to 7.
+
+    In the 1st, 2nd, 4th and 8th the batches of ranks are compared.
+    """
+
+    readers = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+        self._patches = ExitStack()
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, at: int) -> None:
+        if at == 7:
+            self._patches.close()
+        if at == 4:
+            for name in self.readers:
+                read = functools.partial(self._read, getattr(Tensor, name))
+                self._patches.enter_context(
+                    patch.object(Tensor, name, lambda x, *a, _read=read, **k: _read(x, *a, **k))
+                )
+
+    def _read(self, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        frames = [f.filename for f in traceback.extract_stack()[:-2]]
+        self.seen.add(str(Path(*Path(frames[-1]).parts[-3:])))
+        return original(x, *args, **kwargs)
+
+    def on_exception(self, *rest: Any) -> None:
+        self._patches.close()
+
+
+def waits(folder: str, strategy: dict[str, Any], devices: int) -> list[str]:
+    note = Waits()
+    made = trainer(
+        folder,
+        strategy=nemo2.MegatronStrategy(**strategy),
+        devices=devices,
+        callbacks=[note],
+        log_every_n_steps=100,
+        limit_val_batches=0,
+    )
+    made.fit(Logs(), data(4, 80), data(4, 16))
+    return sorted(note.seen)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "world"),
+    [({"dp": 2, "pipeline": TWO}, 2), ({"dp": 2, "pp": 2, "pipeline": TWO}, 4), ({"tp": 2}, 2)],
+)
+def test_no_step_waits_for_the_device(
+    pool: Pool, tmp_path: Path, mesh: dict[str, Any], world: int
+) -> None:
+    """What is read are sizes of objects sent through the host, who was told to end, step counts."""
+    host = {
+        "torch/distributed/distributed_c10d.py",
+        "nemo2/lightning/preemption.py",
+        "torch/optim/optimizer.py",
+    }
+    for seen in pool.run(world, waits, str(tmp_path), mesh, world):
+        assert set(seen) <= host, seen
 
 
 # --- launching and failing

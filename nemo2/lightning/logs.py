@@ -8,13 +8,11 @@ over microbatches and ``dp``, sent to all stages, and only then made.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
@@ -24,27 +22,13 @@ from ..errors import Nemo2Error
 from ..model import ParallelModel
 from ..sharding.modes import suspended
 from .attributes import Left, Undo, apply
+from .combine import Call, combine, gather_calls
 from .metrics import MetricName, Metrics
 
 EQUAL = "the same on every rank"
 """Passed as ``sync_dist_group``: ``MegatronStrategy.reduce`` returns such a value as it is."""
 
 _SIGNATURE = inspect.signature(LightningModule.log)
-_COMBINE: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "sum": torch.sum,
-    "min": torch.min,
-    "max": torch.max,
-}
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of ``self.log`` (or, with ``name=None``, of ``self.print``)."""
-
-    name: str | None
-    value: Any
-    dtype: torch.dtype | None
-    options: dict[str, Any]
 
 
 class LogCapture:
@@ -137,77 +121,32 @@ class LogCapture:
         """Make each call once on every rank, with the same value; bring attributes to all stages.
 
         The value is combined over the microbatches and ``dp`` as ``reduce_fx`` says: "mean"
-        (weighted by ``batch_size`` where that is given), "sum", "min" or "max".
+        (weighted by ``batch_size`` where that is given), "sum", "min" or "max". It stays on the
+        device, so that the host does not wait for the step to be done.
 
-        Communication: one all-gather of the calls over ``dp`` on the last stage, one
-        broadcast over ``pp``.
+        Communication: on the last stage, over ``dp``, one all-gather of the calls and one of their
+        values; then that of ``from_last_stage``.
         """
-        runs = [_numbers(calls) for calls in self.microbatches]
-        groups = self.parallel.groups
-        if self.parallel.runner.last and groups.dp.size() > 1:
-            gathered: list[Any] = [None] * groups.dp.size()
-            dist.all_gather_object(gathered, runs, group=groups.dp)
-            runs = [run for part in gathered for run in part]
+        groups, left = self.parallel.groups, None
+        made: list[Call] = []
+        if self.parallel.runner.last:
+            made = combine(*gather_calls(self.microbatches, groups))
+            left = self._left.changes() if self._left is not None else {}
         self.metrics.share(self.parallel)
-        left = self._left.changes() if self._left is not None else {}
-        calls, left = self.parallel.from_last_stage((_combine(runs), left))
+        made, left = self.parallel.from_last_stage((made, left))
         if not self.parallel.runner.last:
             apply(self.module, left, groups.device)
-        for call in calls:
+        for call in made:
             if call.name is None:
                 self.module.print(call.value)
                 continue
             value = call.value
             if isinstance(value, MetricName):
                 value = self.metrics.by_name[value.name]
-            else:
-                value = torch.tensor(value, dtype=call.dtype, device=groups.device)
+            elif not isinstance(value, Tensor):  # filled there: a copy would wait for the device
+                value = torch.full((), value, dtype=call.dtype, device=groups.device)
             options = call.options | {"sync_dist": True, "sync_dist_group": EQUAL}
             self.module.log(call.name, value, **options)
-
-
-def _numbers(calls: list[Call]) -> list[Call]:
-    """Replace tensors by numbers, with one transfer from the device."""
-    tensors = [c.value.double().reshape(()) for c in calls if isinstance(c.value, Tensor)]
-    numbers = iter(torch.stack(tensors).tolist() if tensors else [])
-    return [replace(c, value=next(numbers)) if isinstance(c.value, Tensor) else c for c in calls]
-
-
-def _combine(runs: list[list[Call]]) -> list[Call]:
-    """Return one call for each (name, how often it was called before), in the order met."""
-    together: dict[tuple[str | None, int], list[Call]] = {}
-    for calls in runs:
-        seen: dict[str | None, int] = {}
-        for call in calls:
-            number = seen[call.name] = seen.get(call.name, -1) + 1
-            together.setdefault((call.name, number), []).append(call)
-    combined: list[Call] = []
-    for (name, _), same in together.items():
-        if name is None:
-            combined += same
-        else:
-            combined.append(_combine_same(same))
-    return combined
-
-
-def _combine_same(calls: list[Call]) -> Call:
-    first = calls[0]
-    options = dict(first.options)
-    sizes = [c.options.get("batch_size") for c in calls]
-    weights = [float(s) if s else 1.0 for s in sizes]
-    if all(sizes):
-        options["batch_size"] = round(sum(weights))
-    if isinstance(first.value, MetricName):
-        return replace(first, options=options)
-    values = torch.tensor([c.value for c in calls], dtype=torch.float64)
-    how = options.get("reduce_fx", "mean")
-    if isinstance(how, str) and how in _COMBINE:
-        value = _COMBINE[how](values)
-    else:
-        share = torch.tensor(weights, dtype=torch.float64)
-        value = (values * share).sum() / share.sum()
-    dtype = first.dtype if first.dtype is not None and first.dtype.is_floating_point else None
-    return replace(first, value=float(value), dtype=dtype, options=options)
 
 
 # --- what planning must not change

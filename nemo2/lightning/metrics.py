@@ -53,7 +53,7 @@ class Metrics:
     def share(self, parallel: ParallelModel) -> None:
         """Give every stage the state that the step left on the last one.
 
-        Communication: one object broadcast over ``pp``, if there are metrics and stages.
+        Communication: that of ``from_last_stage``, if there are metrics and stages.
         """
         if not self.by_name or len(parallel.plan.stages) == 1:
             return
@@ -70,11 +70,11 @@ def _lengths(metric: Metric) -> dict[str, int]:
 
 
 def _state(metric: Metric, before: Mapping[str, int]) -> dict[str, Any]:
-    """Return the metric's state on the host; of lists what was appended."""
+    """Return the metric's state; of lists what was appended."""
     states = {n: getattr(metric, n) for n in metric._defaults}
     states = {n: x[before[n] :] if isinstance(x, list) else x for n, x in states.items()}
     state = {"states": states, "count": metric._update_count, "value": metric._forward_cache}
-    return tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, state)  # type: ignore[no-any-return]
+    return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, state)  # type: ignore[no-any-return]
 
 
 def _take(metric: Metric, state: Mapping[str, Any], device: torch.device) -> None:

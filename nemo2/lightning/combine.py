@@ -1,0 +1,145 @@
+"""The log calls of one step, from all microbatches and ``dp`` ranks: one call for each name.
+
+Values of tensors stay on the device; what is known of the calls themselves travels by the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..mesh.groups import MeshGroups
+from .metrics import MetricName
+
+_REDUCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "sum": torch.sum,
+    "min": torch.min,
+    "max": torch.max,
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of ``self.log`` (or, with ``name=None``, of ``self.print``)."""
+
+    name: str | None
+    value: Any
+    dtype: torch.dtype | None
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """Where the value of a call stands among those of all."""
+
+    index: int
+
+
+def gather_calls(
+    runs: Sequence[Sequence[Call]], groups: MeshGroups
+) -> tuple[list[list[Call]], Tensor]:
+    """Return the calls of each run of all dp ranks, and the values of tensors that they name.
+
+    Communication: over ``dp`` one all-gather of objects, and one of float64 numbers.
+    """
+    values: list[Tensor] = []
+    named: list[list[Call]] = []
+    for calls in runs:
+        named.append([])
+        for call in calls:
+            x = call.value
+            if isinstance(x, Tensor):
+                values.append(x.to(groups.device, torch.float64).reshape(()))
+                x = _Spot(len(values) - 1)
+            named[-1].append(replace(call, value=x))
+    table = torch.stack(values) if values else torch.empty(0, device=groups.device)
+    size = groups.sizes.dp
+    if size == 1:
+        return named, table
+    every: list[Any] = [None] * size
+    dist.all_gather_object(every, (len(values), named), group=groups.dp)
+    most = max(count for count, _ in every)
+    if most:
+        own = torch.zeros(most, dtype=torch.float64, device=groups.device)
+        own[: len(values)] = table
+        parts = [torch.empty_like(own) for _ in range(size)]
+        dist.all_gather(parts, own, group=groups.dp)
+        table = torch.cat(parts)
+    return [
+        [_moved(call, rank * most) for call in calls]
+        for rank, (_, part) in enumerate(every)
+        for calls in part
+    ], table
+
+
+def _moved(call: Call, by: int) -> Call:
+    spot = call.value
+    return replace(call, value=_Spot(spot.index + by)) if isinstance(spot, _Spot) else call
+
+
+def combine(runs: Sequence[Sequence[Call]], table: Tensor) -> list[Call]:
+    """Return one call for each (name, how often it was called before), in the order met."""
+    together: dict[tuple[str | None, int], list[Call]] = {}
+    for calls in runs:
+        seen: dict[str | None, int] = {}
+        for call in calls:
+            number = seen[call.name] = seen.get(call.name, -1) + 1
+            together.setdefault((call.name, number), []).append(call)
+    combined: list[Call] = []
+    for (name, _), same in together.items():
+        if name is None:
+            combined += same
+        else:
+            combined.append(_combine_same(same, table))
+    return combined
+
+
+def _combine_same(calls: list[Call], table: Tensor) -> Call:
+    first = calls[0]
+    options = dict(first.options)
+    sizes = [c.options.get("batch_size") for c in calls]
+    if all(sizes):
+        options["batch_size"] = round(sum(float(s) for s in sizes if s))
+    if isinstance(first.value, MetricName):
+        return replace(first, options=options)
+    on_device = any(isinstance(c.value, _Spot) for c in calls)
+    values = _values([c.value for c in calls], table if on_device else torch.empty(0))
+    how = options.get("reduce_fx", "mean")
+    if isinstance(how, str) and how in _REDUCTIONS:
+        value = _REDUCTIONS[how](values)
+    else:
+        value = _mean(values, [float(s) if s else 1.0 for s in sizes])
+    kind = first.dtype if first.dtype is not None and first.dtype.is_floating_point else None
+    kind = kind or torch.get_default_dtype()
+    made: Any = value.to(kind) if on_device else float(value)
+    return replace(first, value=made, dtype=kind, options=options)
+
+
+def _values(given: Sequence[Any], table: Tensor) -> Tensor:
+    """Return numbers and what stands in the table as one float64 tensor, on its device."""
+    spots = [x.index for x in given if isinstance(x, _Spot)]
+    if not spots:
+        return torch.tensor([float(x) for x in given], dtype=torch.float64)
+    step = spots[1] - spots[0] if len(spots) > 1 else 1
+    last = spots[0] + step * (len(spots) - 1)
+    if len(spots) == len(given) and step > 0 and spots == list(range(spots[0], last + 1, step)):
+        return table[spots[0] : last + 1 : step]
+    return torch.stack(
+        [
+            table[x.index] if isinstance(x, _Spot) else torch.full_like(table[0], float(x))
+            for x in given
+        ]
+    )
+
+
+def _mean(values: Tensor, weights: Sequence[float]) -> Tensor:
+    if all(w == weights[0] for w in weights):
+        return values.mean()
+    total = sum(v * w for v, w in zip(values.unbind(), weights, strict=True))
+    assert isinstance(total, Tensor)
+    return total / sum(weights)
