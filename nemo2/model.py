@@ -23,7 +23,7 @@ from .pipeline.absent import NeedsValueError
 from .pipeline.identity import flags, identity
 from .pipeline.megatron import Chunk, Groups, run_schedule
 from .pipeline.microbatch import plan_batch, split_batch
-from .pipeline.program import Losses, Program
+from .pipeline.program import KINDS, Losses, Program
 from .pipeline.results import from_last_stage
 from .pipeline.runner import StageRunner, Step
 from .places import Place
@@ -39,8 +39,6 @@ from .sharding.reduce import gradient, norm_of, reduce_gradients, scale_gradient
 from .sharding.state import copy_into, gather_buffers, gather_params, whole_if_fused
 from .sharding.storage import Storage, local_of, refuse_uses_outside
 from .skipping import SkipWatch
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class ParallelModel(nn.Module):
@@ -79,7 +77,7 @@ class ParallelModel(nn.Module):
         follow_weights(self.module)
         self._data_parallel = DataParallelRun(plan, runner, managed, storage, groups)
         self._step_plans: OrderedDict[Any, tuple[StepPlan | None, bool]] = OrderedDict()
-        self._loss_dtypes: Any = WeakIdKeyDictionary()  # of the steps of several stages
+        self._loss_kinds: Any = WeakIdKeyDictionary()  # of the steps of several stages
         self._loans_made: dict[Any, list[Loan]] = {}
         self._known_flags: tuple[bool, ...] | None = None  # of the module, while they stay the same
 
@@ -313,10 +311,9 @@ class ParallelModel(nn.Module):
             )
         for entry in self.storage:
             entry.compute.grad = None
-        losses = Losses(loss_fn, has_aux, self.groups.sizes.cp)
-        parts = [
-            self._to_device(b) for b in split_batch(batch, self.plan.options.pipeline.microbatches)
-        ]
+        sizes, microbatches = self.groups.sizes, self.plan.options.pipeline.microbatches
+        losses = Losses(loss_fn, has_aux, sizes.cp, microbatches * sizes.dp)
+        parts = [self._to_device(b) for b in split_batch(batch, microbatches)]
         self.steps = self.steps + 1 if step is None else step
         with torch.enable_grad():
             self._schedule(losses, parts, forward_only=False, key=key or identity(loss_fn))
@@ -327,7 +324,8 @@ class ParallelModel(nn.Module):
         used = frozenset(step_plan.trace.param_uses) if step_plan is not None and planned else None
         reduce_gradients(self.storage, self.groups, partial, self.ties, used)
         give_back(self._loans(step_plan), self.storage, self.groups, partial)
-        scale_gradients(self.storage, scale)
+        if scale is not None:
+            scale_gradients(self.storage, scale)
         return loss, losses.aux
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -463,32 +461,37 @@ class ParallelModel(nn.Module):
             )
         return self._loans_made[key]
 
-    def _global_loss(self, losses: Losses) -> tuple[Tensor, Tensor]:
-        """Return the global mean loss, and what gradients of sums are to be multiplied by.
+    def _global_loss(self, losses: Losses) -> tuple[Tensor, Tensor | float | None]:
+        """Return the global mean loss, and what gradients are to be multiplied by, if anything.
 
-        Both stay on the device: that their values are not read lets the host run ahead.
+        Values stay on the device: that they are not read lets the host run ahead. The loss is NaN
+        if some dp ranks returned means and others pairs.
 
-        Communication: one all-reduce of four numbers over the world.
+        Communication: one all-reduce of five numbers over the world.
         """
         device, step_plan = self.groups.device, self.runner.step_plan
         if self.runner.last and self.groups.tp_rank == 0 and self.groups.cp_rank == 0:
-            totals = losses.totals(device, _DTYPES)
+            totals = losses.totals(device)
         else:
-            totals = torch.zeros(4, dtype=torch.float64, device=device)
+            totals = torch.zeros(5, dtype=torch.float64, device=device)
         if self.groups.sizes.world > 1:
             dist.all_reduce(totals, group=self.groups.world)
-        total, count, dtypes, ranks = totals.unbind()
+        total, count, kinds, pairs, ranks = totals.unbind()
         if len(self.plan.stages) == 1:
-            kind = losses.dtype
+            kind = losses.kind
         else:  # only the last stage has seen the loss: the others ask once
             assert step_plan is not None
-            if step_plan not in self._loss_dtypes:
-                self._loss_dtypes[step_plan] = _DTYPES[round(float(dtypes / ranks))]
-            kind = self._loss_dtypes[step_plan]
+            if step_plan not in self._loss_kinds:
+                self._loss_kinds[step_plan] = KINDS[round(float(kinds / ranks))]
+            kind = self._loss_kinds[step_plan]
+        dtype = kind.dtype
         if self.plan.options.precision is not None:  # a mean over much more than one value
-            kind = torch.promote_types(kind, torch.float32)
-        loss = torch.where(count == 0, torch.nan, total / count)
-        return loss.to(kind), torch.where(count == 0, 0.0, 1 / count)
+            dtype = torch.promote_types(dtype, torch.float32)
+        wrong = (count == 0) | ((pairs != 0) & (pairs != ranks))
+        loss = torch.where(wrong, torch.nan, total / count).to(dtype)
+        if kind.pair:
+            return loss, torch.where(count == 0, 0.0, 1 / count)
+        return loss, None if kind.divided_before else 1 / losses.number
 
     @property
     def _alone(self) -> bool:

@@ -82,14 +82,14 @@ def test_example_on_tp_equals_the_hand_count(pool):
     the size of an activation: logits are never gathered.
 
     Small: the loss all-reduces one maximum, and one stack of three numbers at most, a token;
-    the step one vector of four numbers (loss, count, dtype, ranks); the norm one number.
+    the step one vector of five numbers (loss, count, kind, pairs, ranks); the norm one number.
     """
     steps = pool.run(2, run_tp, pool.device)
     for step, norm, planned in steps:
         forward, backward = 2 * CFG.layers + 1, 2 * CFG.layers + 1
         assert step.pop(("all_reduce", ACTIVATION)) == forward + backward
         assert planned == {"forward": forward, "backward": backward}
-        assert step.pop(("all_reduce", 4)) == 1
+        assert step.pop(("all_reduce", 5)) == 1
         small = {
             n: c
             for (name, n), c in step.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 
 import optree
 import pytest
@@ -324,6 +325,27 @@ def test_refusals(pool):
         )
         for message, part in zip(messages, expected, strict=True):
             assert part in message
+
+
+def mixed_losses(device):
+    """Return the loss when dp ranks return unlike things; see the error when microbatches do."""
+    _, parallel = build({"dp": 2}, "ddp", device, microbatches=2)
+    mean = parallel.groups.dp_rank == 0
+    loss, _ = nemo2.value_and_grad(next_token if mean else counted, parallel)(
+        parallel.params, token_ids(4)
+    )
+    calls = iter(range(100))
+
+    def either(model, ids):
+        return (next_token if next(calls) % 2 else counted)(model, ids)
+
+    with pytest.raises(nemo2.PipelineError, match=r"for one microbatch and \(sum, count\)"):
+        parallel.backward(either, token_ids(4))
+    return float(loss)
+
+
+def test_means_and_sums_are_not_mixed(pool):
+    assert all(math.isnan(loss) for loss in pool.run(2, mixed_losses, pool.device))
 
 
 def replaced(device):

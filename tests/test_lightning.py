@@ -299,13 +299,14 @@ class Waits(L.Callback):
         self._patches.close()
 
 
-def waits(folder: str, strategy: dict[str, Any], devices: int) -> list[str]:
+def waits(folder: str, strategy: dict[str, Any], devices: int, precision: str) -> list[str]:
     note = Waits()
     made = trainer(
         folder,
         strategy=nemo2.MegatronStrategy(**strategy),
         devices=devices,
         callbacks=[note],
+        precision=precision,
         log_every_n_steps=100,
         limit_val_batches=0,
     )
@@ -314,11 +315,16 @@ def waits(folder: str, strategy: dict[str, Any], devices: int) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "world"),
-    [({"dp": 2, "pipeline": TWO}, 2), ({"dp": 2, "pp": 2, "pipeline": TWO}, 4), ({"tp": 2}, 2)],
+    ("mesh", "world", "precision"),
+    [
+        ({"dp": 2, "pipeline": TWO}, 2, "32-true"),
+        ({"dp": 2, "pipeline": TWO}, 2, "bf16-true"),
+        ({"dp": 2, "pp": 2, "pipeline": TWO}, 4, "bf16-mixed"),
+        ({"tp": 2}, 2, "32-true"),
+    ],
 )
 def test_no_step_waits_for_the_device(
-    pool: Pool, tmp_path: Path, mesh: dict[str, Any], world: int
+    pool: Pool, tmp_path: Path, mesh: dict[str, Any], world: int, precision: str
 ) -> None:
     """What is read are sizes of objects sent through the host, who was told to end, step counts."""
     host = {
@@ -326,7 +332,7 @@ def test_no_step_waits_for_the_device(
         "nemo2/lightning/preemption.py",
         "torch/optim/optimizer.py",
     }
-    for seen in pool.run(world, waits, str(tmp_path), mesh, world):
+    for seen in pool.run(world, waits, str(tmp_path), mesh, world, precision):
         assert set(seen) <= host, seen
 
 

@@ -100,8 +100,12 @@ def all_pairs(what, axis, rank, other, size):
     yield attention._Pair(slice(0, size), slice(0, size), False, None)
 
 
-def all_losses(loss_fn, has_aux, copies):
-    return program.Losses(loss_fn, has_aux)
+def all_losses(loss_fn, has_aux, copies, number):
+    return program.Losses(loss_fn, has_aux, number=number)
+
+
+def of_one_rank(loss_fn, has_aux, copies, number):
+    return program.Losses(loss_fn, has_aux, copies, number // 2)
 
 
 def wrong_half(x, dim, axis):
@@ -128,7 +132,14 @@ BUGS = {
         tied,
         WHOLE,
     ),
-    "a wrong scale": ("nemo2.model.scale_gradients", scaled, {"dp": 2}, tied),
+    "a wrong scale of means": ("nemo2.model.Losses", of_one_rank, {"dp": 2}, tied),
+    "a wrong scale of sums": (
+        "nemo2.model.scale_gradients",
+        scaled,
+        {"dp": 2},
+        tied,
+        {"loss": counted},
+    ),
     "swapped shards": ("nemo2.sharding.materialise._tp_part", swapped_shard, {"tp": 2}, tied),
     "one swapped shard": ("nemo2.sharding.materialise._tp_part", swapped_for_one, {"tp": 2}, tied),
     "a tied gradient left out": (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,17 +19,39 @@ if TYPE_CHECKING:
     from .runner import StageRunner, Step
 
 
+@dataclass(frozen=True)
+class LossKind:
+    """What a step returns: the loss's dtype, and whether it is a pair ``(sum, count)``."""
+
+    dtype: torch.dtype
+    pair: bool
+
+    @property
+    def divided_before(self) -> bool:
+        """Whether each loss is divided by their number before its backward, for the mean.
+
+        The number is known of means; in 16 bits it would be rounded before the products.
+        """
+        return not self.pair and self.dtype not in (torch.bfloat16, torch.float16)
+
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+KINDS = tuple(LossKind(dtype, pair) for dtype in _DTYPES for pair in (False, True))
+
+
 class Losses:
     """Wraps the user's loss function: the scalar to differentiate; keeps sums and counts.
 
-    ``copies``: ranks that hold the same loss and whose gradients are summed (``cp``).
+    Args:
+        copies: ranks that hold the same loss and whose gradients are summed (``cp``).
+        number: of losses in the global batch: microbatches by ``dp``.
     """
 
-    def __init__(self, loss_fn: Step, has_aux: bool, copies: int = 1) -> None:
-        self.loss_fn, self.has_aux, self.copies = loss_fn, has_aux, copies
+    def __init__(self, loss_fn: Step, has_aux: bool, copies: int = 1, number: int = 1) -> None:
+        self.loss_fn, self.has_aux, self.copies, self.number = loss_fn, has_aux, copies, number
         self.pairs: list[tuple[Tensor, Any]] = []
         self.aux: list[Any] = []
-        self.dtype = torch.float32
+        self.kind = KINDS[0]
 
     def __call__(self, module: nn.Module, batch: Any) -> Any:
         return self.loss_fn(module, batch)
@@ -51,20 +74,30 @@ class Losses:
             result, aux = result
             self.aux.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, aux))
         loss, count = checked_loss(result)
-        self.dtype = loss.dtype
+        kind = LossKind(loss.dtype, isinstance(result, tuple))
+        if self.pairs and kind.pair != self.kind.pair:
+            raise PipelineError(
+                "loss_fn returned a mean for one microbatch and (sum, count) for another\n"
+                "  options: (sum, count) for all | a mean for all"
+            )
+        self.kind = kind
         count = count.detach() if isinstance(count, Tensor) else count
         self.pairs.append((loss.detach().double().reshape(()), count))
-        return loss.reshape(()) / self.copies
+        return loss.reshape(()) / (self.copies * (self.number if kind.divided_before else 1))
 
-    def totals(self, device: torch.device, dtypes: Sequence[torch.dtype]) -> Tensor:
-        """Return four numbers, float64: the sum of losses, that of counts, which dtype, and 1."""
+    def totals(self, device: torch.device) -> Tensor:
+        """Return five numbers, float64.
+
+        The sum of losses, that of counts, which of ``KINDS``, 1 if they are pairs, and 1.
+        """
         counts = [c for _, c in self.pairs if isinstance(c, Tensor)]
         known = sum(c for _, c in self.pairs if not isinstance(c, Tensor))
-        out = torch.zeros(4, dtype=torch.float64, device=device)
+        out = torch.zeros(5, dtype=torch.float64, device=device)
         for i, values in enumerate(([loss for loss, _ in self.pairs], counts)):
             if values:
                 out[i] = torch.stack([x.to(out).reshape(()) for x in values]).sum()
-        for i, number in ((1, known), (2, dtypes.index(self.dtype)), (3, 1)):
+        kind = KINDS.index(self.kind)
+        for i, number in ((1, known), (2, kind), (3, self.kind.pair), (4, 1)):
             out[i] += number  # filled on the device: a copy from the host would wait for it
         return out
 

@@ -97,8 +97,8 @@ def reduce_gradients(
             dist.all_reduce(grad, group=group)
 
 
-def scale_gradients(storage: Storage, scale: Tensor) -> None:
-    """Multiply every gradient that a run left by ``scale``, a number on the device."""
+def scale_gradients(storage: Storage, scale: Tensor | float) -> None:
+    """Multiply every gradient that a run left by ``scale``, mostly a number on the device."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for entry in storage:
         if entry.trainable and (grad := gradient(entry)) is not None:
@@ -106,7 +106,10 @@ def scale_gradients(storage: Storage, scale: Tensor) -> None:
     for dtype, grads in by_dtype.items():
         # In 16 bits a number on the host is rounded with the product only.
         narrow = dtype in (torch.float16, torch.bfloat16)
-        torch._foreach_mul_(grads, float(scale) if narrow else scale.to(dtype))
+        if narrow or not isinstance(scale, Tensor):
+            torch._foreach_mul_(grads, float(scale))
+        else:
+            torch._foreach_mul_(grads, scale.to(dtype))
 
 
 def _fill_unused(
