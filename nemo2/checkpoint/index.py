@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,10 +117,15 @@ class Index:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{INDEX} is not as nemo2 writes it: {error!r}") from error
 
-    def check_sizes(self) -> list[str]:
-        """Return what is wrong with the files at first sight: missing, too short, too long."""
+    def check_sizes(self, names: Iterable[str] | None = None) -> list[str]:
+        """Return what is wrong with files at first sight: missing, too short, too long.
+
+        Args:
+            names: of the files; None: all.
+        """
         problems = []
-        for name, (size, _) in self.files.items():
+        for name in self.files if names is None else names:
+            size = self.files[name][0]
             file = self.folder / name
             if not file.is_file():
                 problems.append(f"{name} is missing")
@@ -128,6 +133,12 @@ class Index:
                 what = "truncated" if found < size else "altered"
                 problems.append(f"{name} was {what}: it has {found} bytes of {size}")
         return problems
+
+    def check_files(self, names: Iterable[str]) -> list[str]:
+        """Return what is wrong with files; they are read if nothing is at first sight."""
+        names = list(names)
+        problems = self.check_sizes(names)
+        return problems or [p for name in names for p in self.check_bytes(name)]
 
     def check_bytes(self, name: str) -> list[str]:
         """Read the file ``name`` and return what is wrong with it."""

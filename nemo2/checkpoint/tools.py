@@ -63,10 +63,7 @@ class Contents:
         """
         if self.index is not None:
             used = {part.file for name in names for part in self.tensors[name].parts}
-            problems = [p for p in self.index.check_sizes() if p.partition(" ")[0] in used]
-            for name in sorted(used) if not problems else ():
-                problems += self.index.check_bytes(name)
-            if problems:
+            if problems := self.index.check_files(sorted(used)):
                 raise damaged(self.index.folder, problems)
 
     def read(self, name: str) -> Tensor:
@@ -88,10 +85,7 @@ def show(path: Path, *, check: bool = False) -> str:
     with Contents(path) as contents:
         index, lines = contents.index, [str(path)]
         if index is not None:
-            problems = index.check_sizes()
-            for name in index.files if check and not problems else ():
-                problems += index.check_bytes(name)
-            if problems:
+            if problems := index.check_files(index.files) if check else index.check_sizes():
                 raise damaged(path, problems)
             lines += _about(index, check)
         model = {n: info for n, info in contents.tensors.items() if n.startswith(MODEL)}

@@ -81,6 +81,15 @@ class Snapshot:
     def changed(self, now: Any) -> bool:
         return now is not self.value or any(_differs(x, content) for x, content in self._held)
 
+    def appended_to(self, now: Any) -> int:
+        """Return how long a list was that has since been appended to, and nothing else; or 0."""
+        if now is not self.value or type(now) is not list or not self._held:
+            return 0
+        (_, before), *inner = self._held  # the value itself comes first
+        if any(_differs(x, content) for x, content in inner) or len(before) > len(now):
+            return 0
+        return len(before) if all(map(operator.is_, before, now)) else 0
+
     def put_back(self) -> None:
         for x, content in self._held:
             if _differs(x, content):
@@ -249,12 +258,13 @@ class Left:
                     found[name] = ("gone",)
             for name, x in own.items():
                 if name in self._deep:
-                    if self._deep[name].changed(x):
-                        found[name] = _message(x, self._deep[name].value, self._deep[name]._held)
+                    before = self._deep[name]
+                    if before.changed(x):
+                        found[name] = _message(x, before.value, before.appended_to(x))
                 elif name not in self._shallow:
-                    found[name] = _message(x, _GONE, ())
+                    found[name] = _message(x, _GONE)
                 elif self._shallow[name][0] is not x or self._shallow[name][1] != _mark(x):
-                    found[name] = _message(x, self._shallow[name][0], ())
+                    found[name] = _message(x, self._shallow[name][0])
         return found
 
 
@@ -276,14 +286,8 @@ def _mark(x: Any) -> Any:
     return tuple(map(id, vars(x).values())) if _is_plain(x) else None
 
 
-def _message(now: Any, was: Any, held: Iterable[tuple[Any, Any]]) -> tuple[Any, ...]:
-    """Say how another stage comes from its ``was`` to ``now``."""
-    kept = 0
-    if now is was and type(now) is list:
-        once = next((content for x, content in held if x is now), None)
-        inner = any(_differs(x, content) for x, content in held if x is not now)
-        if once is not None and not inner and len(once) <= len(now):
-            kept = len(once) if all(map(operator.is_, once, now)) else 0
+def _message(now: Any, was: Any, kept: int = 0) -> tuple[Any, ...]:
+    """Say how another stage comes from its ``was`` to ``now``, a list whose first ``kept`` stay."""
     try:
         sent = _packed(now[kept:] if kept else now)
     except Exception:  # pickle raises what it likes
@@ -299,7 +303,7 @@ def apply(module: LightningModule, found: Mapping[str, tuple[Any, ...]], device:
     for name, (how, *more) in found.items():
         old = module._buffers.get(name, attributes.get(name, _GONE))
         if how in ("left", "large"):
-            _warn(name, how, more[0])
+            _warn(module, name, how, more[0])
         elif how == "gone":
             attributes.pop(name, None)
         elif how == "grown" and isinstance(old, list):
@@ -326,8 +330,15 @@ def _takes(old: Any, new: Any) -> bool:
     return True
 
 
-@cache
-def _warn(name: str, how: str, what: Any) -> None:
+_warned: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+def _warn(module: nn.Module, name: str, how: str, what: Any) -> None:
+    """Say once of each attribute that it stays where it is."""
+    warned = _warned.setdefault(module, set())
+    if name in warned:
+        return
+    warned.add(name)
     why = f"has {what} bytes" if how == "large" else f"is a {what} that cannot be sent"
     rank_zero_warn(
         f"self.{name} was changed by a step and {why}: it stays on the last stage, and the other"
