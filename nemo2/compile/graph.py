@@ -107,11 +107,12 @@ def _backend(name: str, selective: bool) -> Callable[..., Callable[..., Sequence
 
 
 def _inductor(module: GraphModule, inputs: Sequence[Tensor], *, selective: bool) -> Any:
-    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
+    from .overlap import Overlap
     from .remat import Selective
 
-    options = {"joint_custom_pre_pass": Selective()} if selective else {}
-    with config.patch(options):
-        return compile_fx(module, inputs)
+    options: dict[str, Any] = {"post_grad_custom_post_pass": Overlap()}
+    if selective:
+        options["joint_custom_pre_pass"] = Selective()
+    return compile_fx(module, inputs, config_patches=options)
