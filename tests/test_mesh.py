@@ -212,3 +212,22 @@ def test_a_launcher_that_says_half(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(MeshError, match=r"not RANK, MASTER_ADDR, MASTER_PORT; start with torchrun"):
         make_mesh(dp=2, device="cpu")
+
+
+ENDS = """
+import atexit, ctypes
+atexit.register(ctypes.PyDLL(None).usleep, 500_000)  # runs last, and holds the GIL
+import torch, torch.distributed as dist
+import nemo2
+nemo2.make_mesh(device="cpu")
+def last():
+    size = 2**24
+    dist.all_gather([torch.empty(size)], torch.ones(size), async_op=True)
+atexit.register(last)
+"""
+
+
+def test_exit_waits_until_gloo_has_dropped_its_tensors() -> None:
+    command = [sys.executable, "-c", ENDS]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr

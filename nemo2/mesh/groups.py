@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -11,9 +12,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from nemo2.errors import MeshError
+from nemo2.mesh.processes import settle
 from nemo2.mesh.sizes import AXES, MeshSizes
 
 ProcessGroup = dist.ProcessGroup
+
+atexit.register(settle)  # at import: what is registered later, and may communicate, runs before
 
 
 @dataclass(frozen=True)
