@@ -84,6 +84,7 @@ def _moved(call: Call, by: int) -> Call:
 
 def combine(runs: Sequence[Sequence[Call]], table: Tensor) -> list[Call]:
     """Return one call for each (name, how often it was called before), in the order met."""
+    numbers = table.unbind()
     together: dict[tuple[str | None, int], list[Call]] = {}
     for calls in runs:
         seen: dict[str | None, int] = {}
@@ -95,11 +96,11 @@ def combine(runs: Sequence[Sequence[Call]], table: Tensor) -> list[Call]:
         if name is None:
             combined += same
         else:
-            combined.append(_combine_same(same, table))
+            combined.append(_combine_same(same, numbers))
     return combined
 
 
-def _combine_same(calls: list[Call], table: Tensor) -> Call:
+def _combine_same(calls: list[Call], numbers: Sequence[Tensor]) -> Call:
     first = calls[0]
     options = dict(first.options)
     sizes = [c.options.get("batch_size") for c in calls]
@@ -108,7 +109,10 @@ def _combine_same(calls: list[Call], table: Tensor) -> Call:
     if isinstance(first.value, MetricName):
         return replace(first, options=options)
     on_device = any(isinstance(c.value, _Spot) for c in calls)
-    values = _values([c.value for c in calls], table if on_device else torch.empty(0))
+    if on_device:
+        values = torch.stack([_on_device(c.value, numbers) for c in calls])
+    else:
+        values = torch.tensor([float(c.value) for c in calls], dtype=torch.float64)
     how = options.get("reduce_fx", "mean")
     if isinstance(how, str) and how in _REDUCTIONS:
         value = _REDUCTIONS[how](values)
@@ -120,21 +124,10 @@ def _combine_same(calls: list[Call], table: Tensor) -> Call:
     return replace(first, value=made, dtype=kind, options=options)
 
 
-def _values(given: Sequence[Any], table: Tensor) -> Tensor:
-    """Return numbers and what stands in the table as one float64 tensor, on its device."""
-    spots = [x.index for x in given if isinstance(x, _Spot)]
-    if not spots:
-        return torch.tensor([float(x) for x in given], dtype=torch.float64)
-    step = spots[1] - spots[0] if len(spots) > 1 else 1
-    last = spots[0] + step * (len(spots) - 1)
-    if len(spots) == len(given) and step > 0 and spots == list(range(spots[0], last + 1, step)):
-        return table[spots[0] : last + 1 : step]
-    return torch.stack(
-        [
-            table[x.index] if isinstance(x, _Spot) else torch.full_like(table[0], float(x))
-            for x in given
-        ]
-    )
+def _on_device(value: Any, numbers: Sequence[Tensor]) -> Tensor:
+    if isinstance(value, _Spot):
+        return numbers[value.index]
+    return torch.full_like(numbers[0], float(value))  # a copy would wait for the device
 
 
 def _mean(values: Tensor, weights: Sequence[float]) -> Tensor:
