@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -17,13 +18,14 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import Nemo2Error, PipelineError
+from .host_random import host_state, host_state_kept, set_host_state
 from .limits import without_gradients
 from .mesh.groups import MeshGroups
 from .pipeline.absent import NeedsValueError
 from .pipeline.identity import flags, identity
 from .pipeline.megatron import Chunk, Groups, run_schedule
 from .pipeline.microbatch import plan_batch, split_batch
-from .pipeline.program import KINDS, Losses, Program
+from .pipeline.program import KINDS, Losses, LossKind, Program
 from .pipeline.results import from_last_stage
 from .pipeline.runner import StageRunner, Step
 from .places import Place
@@ -312,12 +314,13 @@ class ParallelModel(nn.Module):
         for entry in self.storage:
             entry.compute.grad = None
         sizes, microbatches = self.groups.sizes, self.plan.options.pipeline.microbatches
-        losses = Losses(loss_fn, has_aux, sizes.cp, microbatches * sizes.dp)
+        number = microbatches * sizes.dp
+        losses = Losses(loss_fn, has_aux, sizes.cp, number if self._divides_means else 1)
         parts = [self._to_device(b) for b in split_batch(batch, microbatches)]
         self.steps = self.steps + 1 if step is None else step
         with torch.enable_grad():
             self._schedule(losses, parts, forward_only=False, key=key or identity(loss_fn))
-        loss, scale = self._global_loss(losses)
+        loss, scale = self._global_loss(losses, number)
         step_plan = self.runner.step_plan
         partial = step_plan.partial if step_plan is not None else frozenset()
         planned = step_plan is not None and step_plan.trace.complete and not self._alone
@@ -365,7 +368,7 @@ class ParallelModel(nn.Module):
             stack.enter_context(
                 self._data_parallel.running(may_skip=may_skip, forward_only=forward_only)
             )
-            begin = partial(self._begin, _size_of(parts[0]), len(parts))
+            begin = partial(self._begin, _size_of(parts[0]), len(parts), {})
             chunks = [
                 Chunk(
                     Program(runner, stage, step, parts, forward_only, begin),
@@ -429,7 +432,7 @@ class ParallelModel(nn.Module):
         """Plan a step; only one that is alone on its mesh may read values before its end."""
         alone = _is_alone(plan)
         blocks = [self.module.get_submodule(name) for name in self.plan.blocks]
-        with self.runner.as_written(self.managed):
+        with self.runner.as_written(self.managed), host_state_kept():
             watch = SkipWatch(blocks)
 
             def watched(module: nn.Module, given: Any) -> Any:
@@ -448,6 +451,7 @@ class ParallelModel(nn.Module):
                 return None, False
         if self.managed:
             refuse_uses_outside(made.trace, self.plan)
+        self._warn_of_draws(made)
         return made, watch.may_skip
 
     def _loans(self, step_plan: StepPlan | None) -> list[Loan]:
@@ -461,15 +465,27 @@ class ParallelModel(nn.Module):
             )
         return self._loans_made[key]
 
-    def _global_loss(self, losses: Losses) -> tuple[Tensor, Tensor | float | None]:
+    @cached_property
+    def _divides_means(self) -> bool:
+        """Whether each mean is divided by the number of losses before its backward.
+
+        That spares a pass over the gradients. In 16 bits the number is rounded, so gradients in 16
+        bits are divided themselves.
+        """
+        return not any(p.dtype in (torch.bfloat16, torch.float16) for p in self.plan.params)
+
+    def _global_loss(self, losses: Losses, number: int) -> tuple[Tensor, Tensor | float | None]:
         """Return the global mean loss, and what gradients are to be multiplied by, if anything.
 
         Values stay on the device: that they are not read lets the host run ahead. The loss is NaN
         if some dp ranks returned means and others pairs.
 
+        Args:
+            number: of losses in the global batch.
+
         Communication: one all-reduce of five numbers over the world.
         """
-        device, step_plan = self.groups.device, self.runner.step_plan
+        device = self.groups.device
         if self.runner.last and self.groups.tp_rank == 0 and self.groups.cp_rank == 0:
             totals = losses.totals(device)
         else:
@@ -477,13 +493,7 @@ class ParallelModel(nn.Module):
         if self.groups.sizes.world > 1:
             dist.all_reduce(totals, group=self.groups.world)
         total, count, kinds, pairs, ranks = totals.unbind()
-        if len(self.plan.stages) == 1:
-            kind = losses.kind
-        else:  # only the last stage has seen the loss: the others ask once
-            assert step_plan is not None
-            if step_plan not in self._loss_kinds:
-                self._loss_kinds[step_plan] = KINDS[round(float(kinds / ranks))]
-            kind = self._loss_kinds[step_plan]
+        kind = losses.kind if len(self.plan.stages) == 1 else self._kind_for(losses, kinds / ranks)
         dtype = kind.dtype
         if self.plan.options.precision is not None:  # a mean over much more than one value
             dtype = torch.promote_types(dtype, torch.float32)
@@ -491,7 +501,26 @@ class ParallelModel(nn.Module):
         loss = torch.where(wrong, torch.nan, total / count).to(dtype)
         if kind.pair:
             return loss, torch.where(count == 0, 0.0, 1 / count)
-        return loss, None if kind.divided_before else 1 / losses.number
+        return loss, None if self._divides_means else 1 / number
+
+    def _kind_for(self, losses: Losses, kinds: Tensor) -> LossKind:
+        """Return the kind of a step's losses, which only the last stage sees; others ask once.
+
+        Raises: PipelineError on the last stage when it is not what it was.
+        """
+        step_plan = self.runner.step_plan
+        assert step_plan is not None
+        if step_plan not in self._loss_kinds:
+            self._loss_kinds[step_plan] = KINDS[round(float(kinds))]
+        known: LossKind = self._loss_kinds[step_plan]
+        if self.runner.last and losses.kind.pair != known.pair:
+            says = ("a mean", "(sum, count)")
+            raise PipelineError(
+                f"loss_fn returned {says[losses.kind.pair]}, and {says[known.pair]} in an earlier"
+                " step like this one, by which the other stages go\n"
+                "  options: (sum, count) in all steps | a mean in all steps"
+            )
+        return known
 
     @property
     def _alone(self) -> bool:
@@ -508,8 +537,20 @@ class ParallelModel(nn.Module):
         """Return the seed of torch's generators, for what is not keyed dropout."""
         return seed_of(self.seed, self.steps, (self.groups.dp_rank, stage, microbatch))
 
-    def _begin(self, size: int, count: int, stage: int, microbatch: int) -> Forward | None:
-        """Start the random numbers of one forward, of one of ``count`` microbatches of ``size``."""
+    def _begin(
+        self, size: int, count: int, begun: dict[int, Any], stage: int, microbatch: int
+    ) -> Forward | None:
+        """Start the random numbers of one forward, of one of ``count`` microbatches of ``size``.
+
+        Args:
+            begun: microbatch -> the states of Python's and NumPy's generators when this rank began
+                it: its other stages draw the same.
+        """
+        if len(self.runner.stages) > 1:
+            if microbatch in begun:
+                set_host_state(begun[microbatch])
+            else:
+                begun[microbatch] = host_state()
         plan = self.runner.step_plan
         if not self.module.training and (plan is None or not plan.randomness.keyed):
             return None
@@ -517,7 +558,39 @@ class ParallelModel(nn.Module):
         first, stride = (dp_rank * count + microbatch) * size, 1
         if self.dealt:
             first, stride = microbatch * size * dp + dp_rank, dp
+        if plan is not None and self._draws_alike(plan):
+            stage = 0
         return begin(self.seed, self.steps, (dp_rank, stage, microbatch), first, stride)
+
+    def _draws_alike(self, plan: StepPlan) -> bool:
+        """Say whether all stages draw the same numbers, as code outside of blocks needs them.
+
+        A step's noise goes into the model on the first stage and into the loss on the last. Not
+        where blocks draw as well, which would draw the same on all stages; nor where a rank must
+        tell the forwards of its stages apart by their seeds, to run parts of them again.
+        """
+        if len(self.plan.stages) == 1 or not plan.randomness.own:
+            return False
+        outside = self._drawn_outside(plan)
+        again = len(self.runner.stages) > 1 and self.plan.options.remat is not None
+        return len(outside) == len(plan.randomness.own) and not again
+
+    def _drawn_outside(self, plan: StepPlan) -> list[str]:
+        """Return the calls outside of blocks that draw numbers without positions."""
+        blocks = tuple(f"{name}." for name in self.plan.blocks)
+        own = plan.randomness.own
+        return [call for module, call, _ in own if not f"{module}.".startswith(blocks)]
+
+    def _warn_of_draws(self, plan: StepPlan) -> None:
+        outside = self._drawn_outside(plan)
+        if len(self.plan.stages) > 1 and outside and not self._draws_alike(plan):
+            warnings.warn(
+                f"the step draws random numbers outside of blocks ({outside[0]}), and stages draw"
+                " different ones, as blocks draw some of their own or run again: right for what"
+                " one stage alone uses\n"
+                "  options: draw them where the batch is made | in a block",
+                stacklevel=2,
+            )
 
     def _to_device(self, batch: Any) -> Any:
         device = self.groups.device

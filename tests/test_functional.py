@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
+import types
 
 import optree
 import pytest
@@ -342,6 +344,33 @@ def mixed_losses(device):
     with pytest.raises(nemo2.PipelineError, match=r"for one microbatch and \(sum, count\)"):
         parallel.backward(either, token_ids(4))
     return float(loss)
+
+
+def other_losses(device):
+    """Return norms of gradients of losses of two dtypes; then see a pair after means refused."""
+    _, parallel = build({"pp": 2}, "ddp", device, microbatches=2, model=GPT())
+    now, norms = types.SimpleNamespace(step=0), []
+
+    def loss_fn(model, ids):
+        if now.step == 3:
+            return counted(model, ids)
+        loss = next_token(model, ids)
+        return loss.float() if now.step % 2 else loss
+
+    run = nemo2.value_and_grad(loss_fn, parallel)
+    for now.step in range(3):
+        norms.append(nemo2.global_norm(run(parallel.params, token_ids(4))[1], parallel).item())
+    now.step = 3
+    last = parallel.groups.pp_rank == 1
+    refused = pytest.raises(nemo2.PipelineError, match=r"returned \(sum, count\), and a mean in an")
+    with refused if last else contextlib.nullcontext():
+        run(parallel.params, token_ids(4))
+    return norms
+
+
+def test_the_dtype_of_the_loss_may_change(pool):
+    for norms in pool.run(2, other_losses, pool.device):
+        assert norms == pytest.approx([norms[0]] * 3, rel=1e-6)
 
 
 def test_means_and_sums_are_not_mixed(pool):

@@ -106,6 +106,28 @@ def logged(device: str, on_device: bool) -> dict[Any, tuple[float, Any]]:
     return {(c.name, c.options["batch_size"]): (float(c.value), c.dtype) for c in made}
 
 
+def test_ways_to_say_how() -> None:
+    def of(values: list[float], sizes: list[int | None], how: Any) -> float:
+        calls = [
+            Call("x", v, None, {"batch_size": s, "reduce_fx": how})
+            for v, s in zip(values, sizes, strict=True)
+        ]
+        (call,) = combine([[c] for c in calls], torch.empty(0))
+        return float(call.value)
+
+    for how, want in (
+        ("MAX", 4),
+        (max, 4),
+        (torch.min, 1),
+        (sum, 5),
+        ("mean", 2.5),
+        (torch.mean, 2.5),
+    ):
+        assert of([4, 1], [None, None], how) == want
+    assert of([5, float("nan")], [3, 0], "mean") == 5  # nothing was counted there
+    assert of([5, 1], [0, 0], "mean") == 3
+
+
 @pytest.mark.parametrize("on_device", [True, False], ids=["tensors", "mostly numbers"])
 def test_calls_are_combined_over_microbatches_and_ranks(pool: Pool, on_device: bool) -> None:
     for got in pool.run(2, logged, pool.device, on_device):

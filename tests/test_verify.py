@@ -100,12 +100,12 @@ def all_pairs(what, axis, rank, other, size):
     yield attention._Pair(slice(0, size), slice(0, size), False, None)
 
 
-def all_losses(loss_fn, has_aux, copies, number):
-    return program.Losses(loss_fn, has_aux, number=number)
+def all_losses(loss_fn, has_aux, copies, divisor):
+    return program.Losses(loss_fn, has_aux, divisor=divisor)
 
 
-def of_one_rank(loss_fn, has_aux, copies, number):
-    return program.Losses(loss_fn, has_aux, copies, number // 2)
+def of_one_rank(loss_fn, has_aux, copies, divisor):
+    return program.Losses(loss_fn, has_aux, copies, divisor // 2)
 
 
 def wrong_half(x, dim, axis):

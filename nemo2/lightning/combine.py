@@ -5,7 +5,7 @@ Values of tensors stay on the device; what is known of the calls themselves trav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +16,14 @@ from torch import Tensor
 from ..mesh.groups import MeshGroups
 from .metrics import MetricName
 
-_REDUCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "sum": torch.sum,
-    "min": torch.min,
-    "max": torch.max,
+_REDUCTIONS: Mapping[Any, Any] = {
+    given: reduction
+    for reduction, ways in {
+        torch.sum: ("sum", sum, torch.sum),
+        torch.min: ("min", min, torch.min),
+        torch.max: ("max", max, torch.max),
+    }.items()
+    for given in ways
 }
 
 
@@ -104,8 +108,9 @@ def _combine_same(calls: list[Call], numbers: Sequence[Tensor]) -> Call:
     first = calls[0]
     options = dict(first.options)
     sizes = [c.options.get("batch_size") for c in calls]
-    if all(sizes):
-        options["batch_size"] = round(sum(float(s) for s in sizes if s))
+    weights = [1.0 if s is None else float(s) for s in sizes]
+    if None not in sizes:
+        options["batch_size"] = round(sum(weights))
     if isinstance(first.value, MetricName):
         return replace(first, options=options)
     on_device = any(isinstance(c.value, _Spot) for c in calls)
@@ -114,10 +119,8 @@ def _combine_same(calls: list[Call], numbers: Sequence[Tensor]) -> Call:
     else:
         values = torch.tensor([float(c.value) for c in calls], dtype=torch.float64)
     how = options.get("reduce_fx", "mean")
-    if isinstance(how, str) and how in _REDUCTIONS:
-        value = _REDUCTIONS[how](values)
-    else:
-        value = _mean(values, [float(s) if s else 1.0 for s in sizes])
+    reduction = _REDUCTIONS.get(how.lower() if isinstance(how, str) else how)
+    value = reduction(values) if reduction is not None else _mean(values, weights)
     kind = first.dtype if first.dtype is not None and first.dtype.is_floating_point else None
     kind = kind or torch.get_default_dtype()
     made: Any = value.to(kind) if on_device else float(value)
@@ -133,6 +136,5 @@ def _on_device(value: Any, numbers: Sequence[Tensor]) -> Tensor:
 def _mean(values: Tensor, weights: Sequence[float]) -> Tensor:
     if all(w == weights[0] for w in weights):
         return values.mean()
-    total = sum(v * w for v, w in zip(values.unbind(), weights, strict=True))
-    assert isinstance(total, Tensor)
-    return total / sum(weights)
+    counted = [v * w for v, w in zip(values.unbind(), weights, strict=True) if w]
+    return torch.stack(counted).sum() / sum(weights)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from numbers import Number
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from torchmetrics import Metric
 
 from ..errors import Nemo2Error
 from ..model import ParallelModel
+from ..pipeline.absent import is_absent
 from ..sharding.modes import suspended
 from .attributes import Left, Undo, apply
 from .combine import Call, combine, gather_calls
 from .metrics import MetricName, Metrics
+from .settings import Settings
 
 EQUAL = "the same on every rank"
 """Passed as ``sync_dist_group``: ``MegatronStrategy.reduce`` returns such a value as it is."""
@@ -40,6 +43,7 @@ class LogCapture:
         self.metrics = Metrics(module)
         self._planning = False
         self._left: Left | None = None
+        self._settings: Settings | None = None
 
     # --- while the schedule runs
 
@@ -54,6 +58,9 @@ class LogCapture:
         attributes.update(log=self._log, print=self._print)
         trainer = self.module.trainer
         undo: Undo | Left | None = None
+        settings = Settings(trainer)
+        if self._settings is None and not self._planning:
+            self._settings = settings
         if self._planning:
             undo = Undo(self.module, trainer.callbacks)  # type: ignore[attr-defined]
         elif runner.last and self.parallel.groups.sizes.pp > 1:
@@ -76,6 +83,7 @@ class LogCapture:
                 self.microbatches.pop()
             if undo is not None:
                 undo.put_back()
+                settings.put_back()
             for name in ("log", "print"):
                 attributes.pop(name, None)
 
@@ -87,7 +95,7 @@ class LogCapture:
         with suspended():
             if isinstance(value, Metric):
                 value = self._named(name, value)
-            elif not isinstance(value, (Tensor, int, float)) or (
+            elif not isinstance(value, (Tensor, Number)) or (
                 isinstance(value, Tensor) and value.numel() != 1
             ):
                 raise Nemo2Error(
@@ -96,6 +104,12 @@ class LogCapture:
                 )
             if self._planning:
                 return
+            if isinstance(value, Tensor) and is_absent(value) and self.parallel.runner.at_end:
+                raise Nemo2Error(
+                    f"self.log('{name}', ...): an earlier stage has computed the value, and the"
+                    " last one, which logs, does not have it\n"
+                    "  options: let the model return it beside its output, and log it in the step"
+                )
             dtype = value.dtype if isinstance(value, Tensor) else None
             if isinstance(value, Tensor):
                 value = value.detach().clone()
@@ -127,15 +141,18 @@ class LogCapture:
         Communication: on the last stage, over ``dp``, one all-gather of the calls and one of their
         values; then that of ``from_last_stage``.
         """
-        groups, left = self.parallel.groups, None
-        made: list[Call] = []
-        if self.parallel.runner.last:
+        groups, last = self.parallel.groups, self.parallel.runner.last
+        own: tuple[Any, ...] = ()
+        if last:
             made = combine(*gather_calls(self.microbatches, groups))
             left = self._left.changes() if self._left is not None else {}
+            own = made, left, self._settings.changes() if self._settings is not None else None
         self.metrics.share(self.parallel)
-        made, left = self.parallel.from_last_stage((made, left))
-        if not self.parallel.runner.last:
+        made, left, set_ = self.parallel.from_last_stage(own)
+        if not last:
             apply(self.module, left, groups.device)
+            if set_ is not None and self._settings is not None:
+                self._settings.apply(set_)
         for call in made:
             if call.name is None:
                 self.module.print(call.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Metrics:
 
     def __init__(self, module: LightningModule) -> None:
         self.by_name = {n: m for n, m in module.named_modules() if isinstance(m, Metric)}
-        self._before = {n: _lengths(m) for n, m in self.by_name.items()}
+        self._before = {n: _lists(m) for n, m in self.by_name.items()}
 
     def name_of(self, metric: Metric) -> MetricName | None:
         return next((MetricName(n) for n, m in self.by_name.items() if m is metric), None)
@@ -64,24 +65,39 @@ class Metrics:
                 _take(self.by_name[name], state, parallel.groups.device)
 
 
-def _lengths(metric: Metric) -> dict[str, int]:
+def _lists(metric: Metric) -> dict[str, list[Any]]:
+    """Return what the states that are lists hold."""
     states = {n: getattr(metric, n) for n in metric._defaults}
-    return {n: len(x) for n, x in states.items() if isinstance(x, list)}
+    return {n: list(x) for n, x in states.items() if isinstance(x, list)}
 
 
-def _state(metric: Metric, before: Mapping[str, int]) -> dict[str, Any]:
-    """Return the metric's state; of lists what was appended."""
-    states = {n: getattr(metric, n) for n in metric._defaults}
-    states = {n: x[before[n] :] if isinstance(x, list) else x for n, x in states.items()}
+def _state(metric: Metric, before: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """Return the metric's state; of lists how much of them is as it was, and what comes then."""
+    states: dict[str, Any] = {}
+    for name in metric._defaults:
+        x = getattr(metric, name)
+        if isinstance(x, list):
+            was = before.get(name, [])
+            kept = len(was) if all(map(operator.is_, was, x)) and len(was) <= len(x) else 0
+            x = _Grown(kept, x[kept:])
+        states[name] = x
     state = {"states": states, "count": metric._update_count, "value": metric._forward_cache}
     return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, state)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _Grown:
+    """A list, but for the first items, which are as they were."""
+
+    kept: int
+    items: list[Any]
 
 
 def _take(metric: Metric, state: Mapping[str, Any], device: torch.device) -> None:
     state = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, state)
     for name, value in state["states"].items():
-        if isinstance(value, list):
-            getattr(metric, name).extend(value)
+        if isinstance(value, _Grown):
+            setattr(metric, name, getattr(metric, name)[: value.kept] + value.items)
         else:
             setattr(metric, name, value)
     metric._update_count, metric._forward_cache = state["count"], state["value"]

@@ -26,14 +26,6 @@ class LossKind:
     dtype: torch.dtype
     pair: bool
 
-    @property
-    def divided_before(self) -> bool:
-        """Whether each loss is divided by their number before its backward, for the mean.
-
-        The number is known of means; in 16 bits it would be rounded before the products.
-        """
-        return not self.pair and self.dtype not in (torch.bfloat16, torch.float16)
-
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 KINDS = tuple(LossKind(dtype, pair) for dtype in _DTYPES for pair in (False, True))
@@ -44,11 +36,12 @@ class Losses:
 
     Args:
         copies: ranks that hold the same loss and whose gradients are summed (``cp``).
-        number: of losses in the global batch: microbatches by ``dp``.
+        divisor: of means before their backward: their number in the global batch, or 1 where
+            gradients are divided later.
     """
 
-    def __init__(self, loss_fn: Step, has_aux: bool, copies: int = 1, number: int = 1) -> None:
-        self.loss_fn, self.has_aux, self.copies, self.number = loss_fn, has_aux, copies, number
+    def __init__(self, loss_fn: Step, has_aux: bool, copies: int = 1, divisor: int = 1) -> None:
+        self.loss_fn, self.has_aux, self.copies, self.divisor = loss_fn, has_aux, copies, divisor
         self.pairs: list[tuple[Tensor, Any]] = []
         self.aux: list[Any] = []
         self.kind = KINDS[0]
@@ -83,7 +76,9 @@ class Losses:
         self.kind = kind
         count = count.detach() if isinstance(count, Tensor) else count
         self.pairs.append((loss.detach().double().reshape(()), count))
-        return loss.reshape(()) / (self.copies * (self.number if kind.divided_before else 1))
+        if not kind.pair and self.divisor > 1:  # at least in float32
+            loss = loss.to(torch.promote_types(loss.dtype, torch.float32)) / self.divisor
+        return loss.reshape(()) / self.copies
 
     def totals(self, device: torch.device) -> Tensor:
         """Return five numbers, float64.
