@@ -28,6 +28,7 @@ from .pipeline.microbatch import plan_batch, split_batch
 from .pipeline.program import KINDS, Losses, LossKind, Program
 from .pipeline.results import from_last_stage
 from .pipeline.runner import StageRunner, Step
+from .pipeline.stages import block_of
 from .places import Place
 from .plan import Plan, StepPlan, plan_step
 from .planning import unfused_layers
@@ -368,7 +369,8 @@ class ParallelModel(nn.Module):
             stack.enter_context(
                 self._data_parallel.running(may_skip=may_skip, forward_only=forward_only)
             )
-            begin = partial(self._begin, _size_of(parts[0]), len(parts), {})
+            alike = step_plan is not None and self._draws_alike(step_plan)
+            begin = partial(self._begin, _size_of(parts[0]), len(parts), {}, alike)
             chunks = [
                 Chunk(
                     Program(runner, stage, step, parts, forward_only, begin),
@@ -538,13 +540,20 @@ class ParallelModel(nn.Module):
         return seed_of(self.seed, self.steps, (self.groups.dp_rank, stage, microbatch))
 
     def _begin(
-        self, size: int, count: int, begun: dict[int, Any], stage: int, microbatch: int
+        self,
+        size: int,
+        count: int,
+        begun: dict[int, Any],
+        alike: bool,
+        stage: int,
+        microbatch: int,
     ) -> Forward | None:
         """Start the random numbers of one forward, of one of ``count`` microbatches of ``size``.
 
         Args:
             begun: microbatch -> the states of Python's and NumPy's generators when this rank began
                 it: its other stages draw the same.
+            alike: whether all stages draw the same numbers.
         """
         if len(self.runner.stages) > 1:
             if microbatch in begun:
@@ -558,9 +567,8 @@ class ParallelModel(nn.Module):
         first, stride = (dp_rank * count + microbatch) * size, 1
         if self.dealt:
             first, stride = microbatch * size * dp + dp_rank, dp
-        if plan is not None and self._draws_alike(plan):
-            stage = 0
-        return begin(self.seed, self.steps, (dp_rank, stage, microbatch), first, stride)
+        coordinates = (dp_rank, 0 if alike else stage, microbatch)
+        return begin(self.seed, self.steps, coordinates, first, stride)
 
     def _draws_alike(self, plan: StepPlan) -> bool:
         """Say whether all stages draw the same numbers, as code outside of blocks needs them.
@@ -577,9 +585,9 @@ class ParallelModel(nn.Module):
 
     def _drawn_outside(self, plan: StepPlan) -> list[str]:
         """Return the calls outside of blocks that draw numbers without positions."""
-        blocks = tuple(f"{name}." for name in self.plan.blocks)
+        blocks = self.plan.blocks
         own = plan.randomness.own
-        return [call for module, call, _ in own if not f"{module}.".startswith(blocks)]
+        return [call for module, call, _ in own if block_of(module, blocks) is None]
 
     def _warn_of_draws(self, plan: StepPlan) -> None:
         outside = self._drawn_outside(plan)

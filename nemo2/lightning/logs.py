@@ -58,12 +58,12 @@ class LogCapture:
         attributes.update(log=self._log, print=self._print)
         trainer = self.module.trainer
         undo: Undo | Left | None = None
-        settings = Settings(trainer)
-        if self._settings is None and not self._planning:
+        settings, stages = Settings(trainer), self.parallel.groups.sizes.pp
+        if self._settings is None and not self._planning and stages > 1:
             self._settings = settings
         if self._planning:
             undo = Undo(self.module, trainer.callbacks)  # type: ignore[attr-defined]
-        elif runner.last and self.parallel.groups.sizes.pp > 1:
+        elif runner.last and stages > 1:
             if self._left is None:
                 self._left = Left(self.module)
             if unseen:  # of several chunks the last one's counts

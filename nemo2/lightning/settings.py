@@ -18,11 +18,12 @@ class Settings:
         self.trainer = trainer
         self._before = self._now()
 
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for o in self.trainer.optimizers for group in o.param_groups]
+
     def _now(self) -> tuple[bool, list[dict[str, Any]]]:
-        groups = [
-            group for optimizer in self.trainer.optimizers for group in optimizer.param_groups
-        ]
-        options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        options = [{k: v for k, v in g.items() if k != "params"} for g in self._groups]
         return self.trainer.should_stop, options
 
     def changes(self) -> tuple[bool | None, list[dict[str, Any]]]:
@@ -39,16 +40,14 @@ class Settings:
         stop, changed = changes
         if stop is not None:
             self.trainer.should_stop = stop
-        groups = (group for o in self.trainer.optimizers for group in o.param_groups)
-        for group, options in zip(groups, changed, strict=False):
+        for group, options in zip(self._groups, changed, strict=False):
             group.update(options)
 
     def put_back(self) -> None:
         """Undo what was set since."""
         stop, before = self._before
         self.trainer.should_stop = stop
-        groups = (group for o in self.trainer.optimizers for group in o.param_groups)
-        for group, options in zip(groups, before, strict=True):
+        for group, options in zip(self._groups, before, strict=True):
             for key in [k for k in group if k != "params" and k not in options]:
                 del group[key]
             group.update(options)
