@@ -104,6 +104,28 @@ def test_stages_draw_the_same_numbers(
         assert got[0][1] == got[1][1] == want
 
 
+class Draws(Scale):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.1 * torch.rand_like(x)
+
+
+def draws_both(device: str) -> None:
+    model = Same()
+    model.layers = nn.ModuleList(Draws() for _ in range(4))
+    shard(model.layers, "pp")
+    parallel = nemo2.parallelize(model, nemo2.make_mesh(pp=2, device=device))
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        return model(torch.randn_like(x)).mean()
+
+    with pytest.warns(UserWarning, match=r"outside of blocks \(randn_like\), and stages draw"):
+        parallel.backward(loss_fn, torch.ones(4, 2))
+
+
+def test_stages_that_draw_different_numbers_are_told(pool: Pool) -> None:
+    pool.run(2, draws_both, pool.device)
+
+
 class Stops(Lit):
     """Ends the training, sets options of the optimizer, and empties a metric."""
 
