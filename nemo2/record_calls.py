@@ -32,7 +32,7 @@ from .sharding.decide import decide
 from .sharding.dropout import is_dropout
 from .sharding.functions import check_function
 from .sharding.layout import AXES, WHOLE, Layout, Sharding, local_shape, sharding
-from .sharding.modes import COMPOSITE, Watcher, is_marker
+from .sharding.modes import COMPOSITE, Watcher, is_uncounted
 from .sharding.rules import is_query
 from .trace import (
     Activation,
@@ -105,7 +105,7 @@ class CallRecorder(Watcher):
         kwargs = kwargs or {}
         if func in COMPOSITE:
             return self.opened(func, args, kwargs)
-        if is_marker(func):
+        if is_uncounted(func):
             return func(*args, **kwargs)
         name = name_of(func)
         number = self.numbers

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nemo2.sharding import kernels
 from nemo2.sharding.attention import context_attention
@@ -75,19 +77,60 @@ def test_methods_equal_one_device(pool, world):
         assert all(error < 1e-12 for error in found.values()), found
 
 
-def test_half_precision_kernels(pool):
-    """bfloat16: on CUDA torch's flash kernels for what has no dense mask."""
-    device = pool.device
-    for found in pool.run(2, all_compared, ("ring", "all_gather"), 512, torch.bfloat16, device, 64):
+def in_half_precision(kernel, device):
+    kinds = [SDPBackend.MATH, getattr(SDPBackend, kernel)]
+    with sdpa_kernel(kinds) if device == "cuda" else nullcontext():
+        return all_compared(("ring", "all_gather"), 512, torch.bfloat16, device, 64)
+
+
+@pytest.mark.parametrize("kernel", ["FLASH_ATTENTION", "CUDNN_ATTENTION"])
+def test_half_precision_kernels(pool, kernel):
+    """bfloat16: on CUDA a fused kernel for what has no dense mask."""
+    for found in pool.run(2, in_half_precision, kernel, pool.device):
         assert all(error < 2e-2 for error in found.values()), found
 
 
-def test_flash_is_chosen_for_half_precision_on_cuda():
+class OnlySquares:
+    """cuDNN's attention in plain torch: under a causal mask row i sees columns up to i."""
+
+    def _scaled_dot_product_cudnn_attention(
+        self, q, k, v, bias, want_lse, dropout, causal, debug, scale
+    ):
+        assert want_lse
+        assert not causal or q.shape == k.shape
+        out, lse = kernels._plain(q, k, v, None, causal, scale)
+        return out, lse.unsqueeze(-1)
+
+    def _scaled_dot_product_cudnn_attention_backward(
+        self, grad, q, k, v, out, lse, seed, offset, bias, rows, columns, *rest, scale
+    ):
+        assert not rest[3] or q.shape == k.shape
+        assert lse.shape == (*q.shape[:-1], 1)
+        return kernels._plain_backward(
+            grad, q, k, v, out, lse.squeeze(-1), None, rest[3], scale
+        )
+
+
+def test_a_kernel_that_masks_only_squares_gives_the_last_rows_of_a_sequence(monkeypatch):
+    q, k, v, grad = (x.float() for x in make(12, torch.float64, "cpu", kv=4))
+    last = q[..., -5:, :], k, v
+    want = kernels.forward(*last, None, True, None)
+    grads = kernels.backward(grad[..., -5:, :], *last, *want, None, True, None)
+    monkeypatch.setattr(kernels, "fused", lambda *_: "cudnn")
+    monkeypatch.setattr(kernels, "_aten", OnlySquares())
+    got = kernels.forward(*last, None, True, None)
+    torch.testing.assert_close(got, want)
+    made = kernels.backward(grad[..., -5:, :], *last, *got, None, True, None)
+    torch.testing.assert_close(made, grads)
+
+
+def test_the_kernel_that_is_allowed_is_chosen_for_half_precision_on_cuda():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.zeros(1, 2, 16, 64, dtype=torch.bfloat16, device=device)
-    assert kernels._flash(x, None) == (device == "cuda")
-    assert not kernels._flash(x, torch.ones(16, 16, device=device))
-    assert not kernels._flash(x.float(), None)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        assert kernels.fused(x, x, x, None) == ("flash" if device == "cuda" else None)
+        assert kernels.fused(x, x, x, torch.ones(16, 16, device=device)) is None
+        assert kernels.fused(x.float(), x.float(), x.float(), None) is None
 
 
 def test_a_row_that_may_look_at_nothing_adds_nothing():

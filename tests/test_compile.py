@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -55,6 +56,56 @@ def test_recomputation(pool, kind):
     cells = [("gpt", {"tp": 2, "dp": 2}, {}), ("dropout", {"tp": 2, "pp": 2}, {})]
     bad = pool.run(4, compiled_cells, cells, "aot_eager", pool.device, remat=kind)
     assert not any(bad), bad[0]
+
+
+class Converting(nn.Module):
+    """Attention whose code converts tensors by each of torch's names for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (2, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        for name in ("float", "double", "half", "bfloat16", "int", "long", "bool", "byte", "char"):
+            q = q + 0.1 * getattr(q > 0, name)().to(q.dtype)
+        q = q.double().cpu().to(x.device) if x.layout == torch.strided else q
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + out.transpose(1, 2).flatten(2)
+
+
+class ManyConversions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Converting() for _ in range(2))
+        shard(self.layers, "pp")
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def converted(device):
+    torch.manual_seed(0)
+    model = ManyConversions().double().to(device)
+    batch = torch.randn(4, 8, WIDTH, dtype=torch.float64, device=device)
+    want = model(batch).square().mean()
+    want.backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    mesh = nemo2.make_mesh(cp=2, device=device)
+    parallel = nemo2.parallelize(model, mesh, compile="aot_eager")
+    got = parallel.backward(lambda m, x: m(x).square().mean(), batch)
+    torch.testing.assert_close(got.detach(), want.detach(), rtol=1e-12, atol=0)
+    for name, p in parallel.named_parameters():
+        torch.testing.assert_close(p.grad.full_tensor(), grads[name], rtol=1e-12, atol=1e-15)
+    return nemo2.explain(parallel)
+
+
+def test_code_that_converts_tensors(pool):
+    """Torch's tensors for compiling turn ``float`` into ``to``, and answer ``device`` themselves."""
+    for text in pool.run(2, converted, pool.device):
+        assert "layers.*  2      compiled" in text
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")

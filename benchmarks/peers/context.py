@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed import _functional_collectives as collectives
-from torch.nn.attention.bias import causal_lower_right
 
 from ..llama import Attention
 
@@ -50,16 +49,22 @@ class ContextAttention(Attention):
         for chunk, one in zip(self.cut.own, q.chunk(2, -2), strict=True):
             size = one.shape[-2]
             end = (chunk + 1) * size
-            parts.append(
-                F.scaled_dot_product_attention(
-                    one,
-                    k[..., :end, :],
-                    v[..., :end, :],
-                    attn_mask=causal_lower_right(size, end),
-                    enable_gqa=True,
-                )
-            )
+            parts.append(_last_rows(one, k[..., :end, :], v[..., :end, :]))
         return torch.cat(parts, -2)
+
+
+def _last_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return causal attention of the last rows of a sequence to its keys.
+
+    The flash kernel is called by its name on GPUs: it aligns its mask so, but what torch has for
+    it, ``causal_lower_right``, cannot be compiled.
+    """
+    if q.is_cuda:
+        out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+        return out
+    rows, columns = q.shape[-2], k.shape[-2]
+    seen = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
+    return F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
 
 
 def split_attention(model: nn.Module, cut: Cut) -> None:

@@ -25,7 +25,7 @@ from .collectives import Axis
 from .cross_entropy import cross_entropy
 from .dropout import Site, count, is_dropout, run_dropout
 from .layout import Layout
-from .modes import COMPOSITE, Watcher, is_marker
+from .modes import COMPOSITE, Watcher, is_uncounted
 from .narrow import entered
 
 Axes = Mapping[str, Axis]
@@ -351,7 +351,7 @@ class Emulate(Watcher):
         kwargs = kwargs or {}
         if func in COMPOSITE:
             return self.opened(func, args, kwargs)
-        if is_marker(func):
+        if is_uncounted(func):
             return func(*args, **kwargs)
         number = self.count
         self.count += 1
@@ -389,10 +389,14 @@ class Emulate(Watcher):
 
 
 _CASTS = ("float", "double", "half", "bfloat16")  # verify turns some into others
+# While a block is compiled, torch's functional tensors turn each of these into a call of ``to``.
+_CONVERSIONS = (*_CASTS, "bool", "byte", "char", "int", "long", "cpu", "cuda")
 
 
 def _alike(planned: str, name: str) -> bool:
-    return planned == name or (planned in _CASTS and name in _CASTS)
+    if planned == name:
+        return True
+    return (planned in _CASTS and name in _CASTS) or (planned in _CONVERSIONS and name == "to")
 
 
 class Keyed(Emulate):

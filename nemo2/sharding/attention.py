@@ -3,40 +3,21 @@
 Each rank holds its part of the queries, keys and values of the same sequence, in the order of
 ``Axis.parts`` (balanced: one part from the start, its mirror image from the end). All methods
 compute exact attention; they differ in what travels. Masks are given for the whole sequence.
-
-Scores of two parts need no work when the keys lie after the queries under a causal mask, a
-causal mask when the parts are the same, and none when the keys lie before.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import collectives, islands, kernels, tracing
 from .collectives import Axis
-
-
-@dataclass(frozen=True)
-class Attention:
-    """What one call asks for.
-
-    Attributes:
-        causal: queries see keys up to their own position; then there is no mask.
-        mask: of the whole sequence, broadcastable to (..., s, s): boolean (True may look) or
-            added to the scores; or None.
-        scale: of the scores; None is 1 / sqrt(size of a head).
-    """
-
-    causal: bool
-    mask: Tensor | None
-    scale: float | None
+from .prefixes import prefixes_backward, prefixes_forward
+from .ring import Attention, ring_backward, ring_forward, rows_of_mask
 
 
 def context_attention(
@@ -71,61 +52,10 @@ def context_attention(
     what = Attention(is_causal, attn_mask, scale)
     if method == "ulysses":
         return _ulysses(q, k, v, what, axis)
-    if k.shape[-3] != q.shape[-3]:
-        ratio = q.shape[-3] // k.shape[-3]
-        k, v = k.repeat_interleave(ratio, -3), v.repeat_interleave(ratio, -3)
     if method == "all_gather":
         return _gathered(q, k, v, what, axis)
     out: Tensor = _Ring.apply(q, k, v, what, axis)  # type: ignore[no-untyped-call]
     return out
-
-
-# --- parts of the sequence -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """Queries of one part against keys of one part: local offsets, and what of it counts."""
-
-    rows: slice
-    columns: slice
-    causal: bool
-    mask: Tensor | None
-
-
-def _pairs(what: Attention, axis: Axis, rank: int, other: int, size: int) -> Iterator[_Pair]:
-    """Yield the pairs of ``rank``'s query parts and ``other``'s key parts that have work."""
-    mine, theirs = axis.parts(rank), axis.parts(other)
-    n, everything = size // len(mine), slice(0, size)
-    if what.mask is not None:
-        for i, row in enumerate(mine):
-            for j, column in enumerate(theirs):
-                mask = _mask_of(what.mask, row, column, n)
-                yield _Pair(slice(i * n, i * n + n), slice(j * n, j * n + n), False, mask)
-    elif not what.causal or rank == other:  # local parts are in order: one causal square
-        yield _Pair(everything, everything, what.causal, None)
-    elif rank > other:  # of the other's parts only the first lies before mine
-        yield _Pair(everything, slice(0, n), False, None)
-    elif axis.balanced:  # only my last part lies after the other's
-        yield _Pair(slice(n, size), everything, False, None)
-
-
-def _mask_of(mask: Tensor, row: int, column: int, n: int) -> Tensor:
-    """Return the block of the mask for one part of queries and one of keys."""
-    mask = _rows_of_mask(mask, row, n)
-    return mask.narrow(-1, column * n, n) if mask.shape[-1] > 1 else mask
-
-
-def _rows_of_mask(mask: Tensor, row: int, n: int) -> Tensor:
-    """Return the rows of the mask for one part of queries."""
-    return mask.narrow(-2, row * n, n) if mask.ndim > 1 and mask.shape[-2] > 1 else mask
-
-
-def _rows(x: Tensor, rows: slice) -> Tensor:
-    return x[..., rows, :]
-
-
-# --- ring ----------------------------------------------------------------------------------------
 
 
 class _Ring(torch.autograd.Function):
@@ -149,122 +79,6 @@ class _Ring(torch.autograd.Function):
         return (*run(grad, q, k, v, out, lse, ctx.what, ctx.axis), None, None)
 
 
-def ring_forward(
-    q: Tensor, k: Tensor, v: Tensor, what: Attention, axis: Axis
-) -> tuple[Tensor, Tensor]:
-    """Return attention and the log-sum-exp of each row over all keys (no gradient)."""
-    kind = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=kind)
-    lse = q.new_full(q.shape[:-1], -math.inf, dtype=kind)
-    moving = _packed(k, v)
-    for turn in range(axis.degree):
-        other = (axis.rank - turn) % axis.degree
-        coming = _start(moving, axis) if turn < axis.degree - 1 else None
-        kj, vj = _unpacked(moving, k, v)
-        for pair in _pairs(what, axis, axis.rank, other, q.shape[-2]):
-            part, part_lse = kernels.forward(
-                _rows(q, pair.rows),
-                _rows(kj, pair.columns),
-                _rows(vj, pair.columns),
-                pair.mask,
-                pair.causal,
-                what.scale,
-            )
-            _merge(_rows(out, pair.rows), lse[..., pair.rows], part, part_lse)
-        moving = coming.wait() if coming is not None else moving
-    return out.to(q.dtype), lse
-
-
-def ring_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    what: Attention,
-    axis: Axis,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of this rank's queries, keys and values."""
-    grad = grad.contiguous()
-    dq = torch.zeros_like(q, dtype=lse.dtype)
-    moving = _packed(k, v)
-    sums = torch.zeros_like(moving, dtype=lse.dtype)
-    for turn in range(axis.degree):
-        other = (axis.rank - turn) % axis.degree
-        coming = _start(moving, axis) if turn < axis.degree - 1 else None
-        kj, vj = _unpacked(moving, k, v)
-        dk, dv = _unpacked(sums, k, v)
-        for pair in _pairs(what, axis, axis.rank, other, q.shape[-2]):
-            parts = kernels.backward(
-                _rows(grad, pair.rows),
-                _rows(q, pair.rows),
-                _rows(kj, pair.columns),
-                _rows(vj, pair.columns),
-                _rows(out, pair.rows),
-                lse[..., pair.rows],
-                pair.mask,
-                pair.causal,
-                what.scale,
-            )
-            _rows(dq, pair.rows).add_(parts[0])
-            _rows(dk, pair.columns).add_(parts[1])
-            _rows(dv, pair.columns).add_(parts[2])
-        sums = _start(sums, axis).wait()  # the gradients travel with their keys, and home
-        moving = coming.wait() if coming is not None else moving
-    dk, dv = _unpacked(sums, k, v)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-
-def _packed(k: Tensor, v: Tensor) -> Tensor:
-    return torch.cat([k.reshape(-1), v.reshape(-1)])
-
-
-def _unpacked(moving: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    flat = moving.reshape(-1)
-    return flat[: k.numel()].view(k.shape), flat[k.numel() :].view(v.shape)
-
-
-def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Add one part of the keys to what was computed of the others, in place."""
-    both = torch.logaddexp(lse, part_lse.to(lse.dtype))
-    nothing = torch.isneginf(both)  # a row that may look at no key yet
-    old = torch.where(nothing, 0, (lse - both).exp())
-    new = torch.where(nothing, 0, (part_lse - both).exp())
-    out.mul_(old.unsqueeze(-1)).add_(part.to(out.dtype) * new.unsqueeze(-1))
-    lse.copy_(both)
-
-
-@dataclass
-class _Transfer:
-    """Tensors on their way: what is sent must live until it has arrived."""
-
-    sent: Tensor
-    arriving: Tensor
-    requests: list[Any]
-
-    def wait(self) -> Tensor:
-        for request in self.requests:
-            request.wait()
-        return self.arriving
-
-
-def _start(x: Tensor, axis: Axis) -> _Transfer:
-    """Send ``x`` to the next rank and receive from the one before."""
-    arriving = torch.empty_like(x)
-    assert axis.group is not None
-    ahead = dist.get_global_rank(axis.group, (axis.rank + 1) % axis.degree)
-    behind = dist.get_global_rank(axis.group, (axis.rank - 1) % axis.degree)
-    operations = [
-        dist.P2POp(dist.isend, x, ahead, axis.group),
-        dist.P2POp(dist.irecv, arriving, behind, axis.group),
-    ]
-    return _Transfer(x, arriving, dist.batch_isend_irecv(operations))
-
-
-# --- all-gather ----------------------------------------------------------------------------------
-
-
 def _gathered(q: Tensor, k: Tensor, v: Tensor, what: Attention, axis: Axis) -> Tensor:
     """All keys and values on every rank, each part of the queries over those that it may see."""
     if k.shape == v.shape:
@@ -273,17 +87,47 @@ def _gathered(q: Tensor, k: Tensor, v: Tensor, what: Attention, axis: Axis) -> T
         k, v = (collectives.gather(x, x.ndim - 2, axis) for x in (k, v))
     mine = axis.parts(axis.rank)
     n = q.shape[-2] // len(mine)
-    outs = []
-    for i, row in enumerate(mine):
-        own = q.narrow(-2, i * n, n)
-        mask = None if what.mask is None else _rows_of_mask(what.mask, row, n)
-        seen = (row + 1) * n if what.causal else k.shape[-2]
-        outs.append(
-            kernels.attention(
-                own, k.narrow(-2, 0, seen), v.narrow(-2, 0, seen), mask, what.causal, what.scale
-            )
-        )
-    return torch.cat(outs, -2)
+    if what.mask is not None:  # torch has no efficient kernel for a mask and fewer heads
+        k, v = kernels.as_many_heads(k, q), kernels.as_many_heads(v, q)
+        masks = [rows_of_mask(what.mask, row, n) for row in mine]
+        parts = zip(q.split(n, -2), masks, strict=True)
+        return torch.cat([_attention(own, k, v, mask, what) for own, mask in parts], -2)
+    ends = [(row + 1) * n for row in mine] if what.causal else [k.shape[-2]]
+    out: Tensor = _Prefixes.apply(q, k, v, ends, what)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Prefixes(torch.autograd.Function):
+    """Parts of the queries, each over the keys up to its own end."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: list[int], what: Attention
+    ) -> Tensor:
+        run = islands.prefixes_forward if tracing.current() else prefixes_forward
+        out, lse = run(q, k, v, ends, what.causal, what.scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.what = ends, what.causal, what.scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        run = islands.prefixes_backward if tracing.current() else prefixes_backward
+        return (*run(grad, *ctx.saved_tensors, *ctx.what), None, None)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, what: Attention) -> Tensor:
+    """Return attention of whole sequences, differentiable by torch."""
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        mask,
+        is_causal=what.causal,
+        scale=what.scale,
+        enable_gqa=k.shape[-3] != q.shape[-3],
+    )
 
 
 # --- Ulysses -------------------------------------------------------------------------------------
@@ -293,22 +137,13 @@ def _ulysses(q: Tensor, k: Tensor, v: Tensor, what: Attention, axis: Axis) -> Te
     """Split heads instead of the sequence for the time of the attention itself."""
     heads = q.shape[-3]
     if k.shape[-3] % axis.degree:
-        ratio = heads // k.shape[-3]
-        k, v = k.repeat_interleave(ratio, -3), v.repeat_interleave(ratio, -3)
+        k, v = kernels.as_many_heads(k, q), kernels.as_many_heads(v, q)
     q, k, v = (_Exchange.apply(x, axis, True) for x in (q, k, v))  # type: ignore[no-untyped-call]
     mask = what.mask
     if mask is not None and mask.ndim > 2 and mask.shape[-3] > 1:
         own = heads // axis.degree
         mask = mask.narrow(-3, axis.rank * own, own)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        mask,
-        is_causal=what.causal,
-        scale=what.scale,
-        enable_gqa=k.shape[-3] != q.shape[-3],
-    )
+    out = _attention(q, k, v, mask, what)
     result: Tensor = _Exchange.apply(out, axis, False)  # type: ignore[no-untyped-call]
     return result
 

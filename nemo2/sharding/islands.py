@@ -1,21 +1,20 @@
-"""Operations that a compiler calls as they are: attention around the ring, masks of dropout.
+"""Operations that a compiler calls as they are: attention over a split sequence, dropout's masks.
 
-``attention.py`` and ``counter.py`` have what they do; a graph names an axis by its group.
+``ring.py``, ``prefixes.py`` and ``counter.py`` have what they do; a graph names an axis by its
+group.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from . import counter
+from . import counter, kernels, prefixes, ring
 from .collectives import Axis
-
-if TYPE_CHECKING:
-    from .attention import Attention
+from .ring import Attention
 
 _custom_op: Any = torch.library.custom_op  # untyped upstream
 _group_of: Any = getattr(distributed_c10d, "_resolve_process_group")  # noqa: B009
@@ -24,7 +23,7 @@ _group_of: Any = getattr(distributed_c10d, "_resolve_process_group")  # noqa: B0
 def ring_forward(
     q: Tensor, k: Tensor, v: Tensor, what: Attention, axis: Axis
 ) -> tuple[Tensor, Tensor]:
-    """Return attention and its log-sum-exp; see ``attention.ring_forward``."""
+    """Return attention and its log-sum-exp; see ``ring.ring_forward``."""
     out: tuple[Tensor, Tensor] = _forward(q, k, v, *_said(what, axis))
     return out
 
@@ -39,7 +38,7 @@ def ring_backward(
     what: Attention,
     axis: Axis,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v; see ``attention.ring_backward``."""
+    """Return the gradients of q, k and v; see ``ring.ring_backward``."""
     grads: tuple[Tensor, Tensor, Tensor] = _backward(grad, q, k, v, out, lse, *_said(what, axis))
     return grads
 
@@ -66,8 +65,6 @@ def _meant(
     degree: int,
     balanced: bool,
 ) -> tuple[Attention, Axis]:
-    from .attention import Attention
-
     axis = Axis("cp", _group_of(group), rank, degree, balanced, summed=True)
     return Attention(causal, mask, scale), axis
 
@@ -85,16 +82,13 @@ def _forward(
     degree: int,
     balanced: bool,
 ) -> tuple[Tensor, Tensor]:
-    from .attention import ring_forward
-
-    out, lse = ring_forward(q, k, v, *_meant(mask, causal, scale, group, rank, degree, balanced))
-    return out.contiguous(), lse
+    return ring.ring_forward(q, k, v, *_meant(mask, causal, scale, group, rank, degree, balanced))
 
 
 @_forward.register_fake  # type: ignore[untyped-decorator]
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _attention_like(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     kind = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=kind)
+    return kernels.result_for(q, v, q.dtype), q.new_empty(q.shape[:-1], dtype=kind)
 
 
 @_custom_op("nemo2::ring_backward", mutates_args=())  # type: ignore[untyped-decorator]
@@ -113,17 +107,45 @@ def _backward(
     degree: int,
     balanced: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from .attention import ring_backward
-
     what, axis = _meant(mask, causal, scale, group, rank, degree, balanced)
-    dq, dk, dv = ring_backward(grad, q, k, v, out, lse, what, axis)
-    return dq.contiguous(), dk.contiguous(), dv.clone(memory_format=torch.contiguous_format)
+    return ring.ring_backward(grad, q, k, v, out, lse, what, axis)
 
 
 @_backward.register_fake  # type: ignore[untyped-decorator]
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    return dq, dk, dv
+    return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@_custom_op("nemo2::prefixes_forward", mutates_args=())  # type: ignore[untyped-decorator]
+def prefixes_forward(
+    q: Tensor, k: Tensor, v: Tensor, ends: list[int], causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Return attention and its log-sum-exp; see ``prefixes.prefixes_forward``."""
+    return prefixes.prefixes_forward(q, k, v, ends, causal, scale)
+
+
+prefixes_forward.register_fake(_attention_like)
+
+
+@_custom_op("nemo2::prefixes_backward", mutates_args=())  # type: ignore[untyped-decorator]
+def prefixes_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    ends: list[int],
+    causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v; see ``prefixes.prefixes_backward``."""
+    return prefixes.prefixes_backward(grad, q, k, v, out, lse, ends, causal, scale)
+
+
+@prefixes_backward.register_fake  # type: ignore[untyped-decorator]
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 @_custom_op("nemo2::keep_mask", mutates_args=())  # type: ignore[untyped-decorator]

@@ -1,7 +1,10 @@
 """Attention of some queries over some keys, with the log-sum-exp that merging parts needs.
 
-On CUDA in half precision and without a dense mask: torch's flash kernels. Else: plain torch in
-at least float32, which every dtype and mask can use, and which tests compare to one device.
+On CUDA in half precision and without a dense mask: the fused kernel that torch would choose for one
+device (cuDNN's or flash, as ``torch.nn.attention.sdpa_kernel`` allows). Else: plain torch in at
+least float32, which every dtype and mask can use, and which tests compare to one device. Keys and
+values may have fewer heads than queries; each of theirs serves as many, and is never repeated in
+memory by a fused kernel.
 """
 
 from __future__ import annotations
@@ -9,20 +12,20 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 _HALF = (torch.float16, torch.bfloat16)
 _aten = torch.ops.aten
 
 
-def _flash(q: Tensor, mask: Tensor | None) -> bool:
-    fits = q.is_cuda and q.dtype in _HALF and mask is None and q.ndim == 4
-    return fits and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
-
-
-def _scale(q: Tensor, scale: float | None) -> float:
-    return 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
+    """Return which fused kernel runs: ``"cudnn"``, ``"flash"`` or none."""
+    if mask is not None or not q.is_cuda or q.dtype not in _HALF or q.ndim != 4:
+        return None
+    chosen = torch._fused_sdp_choice(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+    names = {SDPBackend.CUDNN_ATTENTION.value: "cudnn", SDPBackend.FLASH_ATTENTION.value: "flash"}
+    return names.get(chosen)
 
 
 def forward(
@@ -33,20 +36,24 @@ def forward(
     A row that may look at no key gets zeros, and minus infinity.
 
     Args:
-        causal: row i sees columns up to i + (columns - rows).
+        causal: row i sees columns up to i + (columns - rows); then rows <= columns, and no mask.
     """
-    if _flash(q, mask) and (not causal or q.shape[-2] == k.shape[-2]):
-        out, lse = _aten._scaled_dot_product_flash_attention(
-            q, k, v, 0.0, causal, False, scale=scale
-        )[:2]
-        return out, lse
-    scores = _scores(q, k, mask, causal, scale)
-    top = scores.amax(-1, keepdim=True)
-    safe = torch.where(torch.isneginf(top), 0, top)
-    weights = (scores - safe).exp_()
-    total = weights.sum(-1, keepdim=True)
-    out = (weights @ v.to(scores.dtype)) / total.clamp_min(torch.finfo(scores.dtype).tiny)
-    return out, (safe + total.log()).squeeze(-1)
+    kernel, before = fused(q, k, v, mask), k.shape[-2] - q.shape[-2]
+    if kernel == "flash":
+        made = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
+        return made[0], made[1]
+    if kernel is None:
+        return _plain(q, k, v, mask, causal, scale)
+    if causal and before:  # its causal mask starts at the upper left
+        out, lse = forward(q, _rows(k, 0, before), _rows(v, 0, before), None, False, scale)
+        out = out.float()
+        square = _rows(k, before), _rows(v, before)
+        merge(out, lse, *forward(q, *square, None, True, scale))
+        return out.to(q.dtype), lse
+    made = _aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, causal, False, scale=scale
+    )
+    return made[0], made[1].squeeze(-1)
 
 
 def backward(
@@ -65,26 +72,90 @@ def backward(
     Args:
         out, lse: of the rows over *all* keys.
     """
-    if _flash(q, mask) and (not causal or q.shape[-2] == k.shape[-2]):
-        zero = torch.zeros((), dtype=torch.uint64, device=q.device)
-        dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward(
-            grad.contiguous(),
-            q,
-            k,
-            v,
-            out.contiguous(),
-            lse.contiguous(),
-            None,
-            None,
-            q.shape[-2],
-            k.shape[-2],
-            0.0,
-            causal,
-            zero,
-            zero,
-            scale=scale,
+    kernel, before = fused(q, k, v, mask), k.shape[-2] - q.shape[-2]
+    if kernel is None:
+        return _plain_backward(grad, q, k, v, out, lse, mask, causal, scale)
+    if kernel == "cudnn" and causal and before:
+        of = grad, q, _rows(k, 0, before), _rows(v, 0, before), out, lse, None, False, scale
+        dq, *early = backward(*of)
+        of = grad, q, _rows(k, before), _rows(v, before), out, lse, None, True, scale
+        more, *late = backward(*of)
+        dk, dv = (torch.cat(halves, -2) for halves in zip(early, late, strict=True))
+        return dq.float().add_(more), dk, dv
+    # Without dropout neither reads its state of random numbers.
+    kind = torch.uint64 if kernel == "flash" else torch.int64
+    state = torch.zeros((), dtype=kind, device=q.device)
+    sizes = (None, None, q.shape[-2], k.shape[-2])
+    if kernel == "flash":
+        grads = _aten._scaled_dot_product_flash_attention_backward(
+            grad, q, k, v, out, lse.contiguous(), *sizes, 0.0, causal, state, state, scale=scale
         )
-        return dq, dk, dv
+    else:
+        lse = lse.contiguous().unsqueeze(-1)
+        grads = _aten._scaled_dot_product_cudnn_attention_backward(
+            grad, q, k, v, out, lse, state, state, None, *sizes, 0.0, causal, scale=scale
+        )
+    return grads[0], grads[1], grads[2]
+
+
+def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Add attention over some keys to that over others, ``out``, in place."""
+    share = torch.where(torch.isneginf(part_lse), 0, (part_lse - lse).sigmoid())
+    out.lerp_(part.to(out.dtype), share.unsqueeze(-1).to(out.dtype))
+    torch.logaddexp(lse, part_lse.to(lse.dtype), out=lse)
+
+
+def result_for(q: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an empty tensor for attention (..., heads, m, d), laid out as torch's kernels do.
+
+    In memory a row's heads lie side by side, as the projection after it needs them.
+    """
+    if q.ndim < 3:
+        return q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=dtype)
+    *batch, heads, rows, _ = q.shape
+    return q.new_empty((*batch, rows, heads, v.shape[-1]), dtype=dtype).transpose(-2, -3)
+
+
+def as_many_heads(x: Tensor, q: Tensor) -> Tensor:
+    """Return keys or values, each head repeated as often as queries share it."""
+    if x.ndim < 3 or x.shape[-3] == q.shape[-3]:
+        return x
+    return x.repeat_interleave(q.shape[-3] // x.shape[-3], -3)
+
+
+def _rows(x: Tensor, start: int, stop: int | None = None) -> Tensor:
+    return x[..., start:stop, :]
+
+
+# --- plain torch ---------------------------------------------------------------------------------
+
+
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    k, v = as_many_heads(k, q), as_many_heads(v, q)
+    scores = _scores(q, k, mask, causal, scale)
+    top = scores.amax(-1, keepdim=True)
+    safe = torch.where(torch.isneginf(top), 0, top)
+    weights = (scores - safe).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out = (weights @ v.to(scores.dtype)) / total.clamp_min(torch.finfo(scores.dtype).tiny)
+    return out, (safe + total.log()).squeeze(-1)
+
+
+def _plain_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = k.shape[-3] if k.ndim > 2 else 1
+    k, v = as_many_heads(k, q), as_many_heads(v, q)
     scores = _scores(q, k, mask, causal, scale)
     dtype = scores.dtype
     safe = torch.where(torch.isneginf(lse), 0, lse).to(dtype)
@@ -94,7 +165,18 @@ def backward(
     through = wide @ v.to(dtype).transpose(-1, -2)
     share = (wide * out.to(dtype)).sum(-1, keepdim=True)
     ds = weights * (through - share) * _scale(q, scale)
-    return ds @ k.to(dtype), ds.transpose(-1, -2) @ q.to(dtype), dv
+    dk = ds.transpose(-1, -2) @ q.to(dtype)
+    return ds @ k.to(dtype), _summed_heads(dk, heads), _summed_heads(dv, heads)
+
+
+def _summed_heads(x: Tensor, heads: int) -> Tensor:
+    if x.ndim < 3 or x.shape[-3] == heads:
+        return x
+    return x.unflatten(-3, (heads, -1)).sum(-3)
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
@@ -109,18 +191,3 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: floa
         seen = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
         scores = scores.masked_fill(~seen, -math.inf)
     return scores
-
-
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
-) -> Tensor:
-    """Return attention of the last rows of a sequence over its keys, differentiable.
-
-    Args:
-        causal: row i sees columns up to i + (columns - rows); then without a mask.
-    """
-    rows, columns = q.shape[-2], k.shape[-2]
-    if not causal or rows == columns:
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
-    seen = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
-    return F.scaled_dot_product_attention(q, k, v, seen, scale=scale)

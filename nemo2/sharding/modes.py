@@ -37,9 +37,14 @@ class Watcher(TorchFunctionMode):
             functional.has_torch_function = check
 
 
-def is_marker(func: Any) -> bool:
-    """Say whether a call only marks a range for the profiler; FSDP's hooks make such."""
-    return name_of(func).startswith("_record_function")
+def is_uncounted(func: Any) -> bool:
+    """Say whether a call is none of a module's calls, which are known by their numbers.
+
+    One marks a range for the profiler (FSDP's hooks make such). Others ask for what the tensors
+    with which torch compiles answer themselves, so that there is no call.
+    """
+    name = name_of(func)
+    return name in ("device", "layout") or name.startswith("_record_function")
 
 
 COMPOSITE = (F.multi_head_attention_forward,)  # their parts have rules of their own

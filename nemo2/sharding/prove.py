@@ -27,7 +27,7 @@ from ..record_calls import Setting
 from ..trace import Activation, Event, Trace, identity
 from .actions import Action, Fix
 from .layout import Sharding, local_shape
-from .modes import COMPOSITE, is_marker
+from .modes import COMPOSITE, is_uncounted
 from .scripts import Programs, installable, needing, programs
 
 EVERYTHING = "*"  # what to blame when each run takes another path
@@ -155,7 +155,7 @@ class Prover(Recorder):
     ) -> Any:
         if func in COMPOSITE:
             return self.opened(func, args, kwargs or {})
-        if is_marker(func):
+        if is_uncounted(func):
             return func(*args, **(kwargs or {}))
         activation, event = self.expected.get(self.numbers, (None, None))
         if activation is None or event is None or event.name != name_of(func):

@@ -1,0 +1,198 @@
+"""Attention over a split sequence whose keys and values pass from rank to rank.
+
+Scores of two parts need no work when the keys lie after the queries under a causal mask, a
+causal mask when the parts are the same, and none when the keys lie before. Outputs are merged by
+their log-sum-exp. What travels does so while kernels run.
+Source: arXiv 2310.01889; the balanced order of parts: arXiv 2311.09431.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import kernels
+from .collectives import Axis
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What one call asks for.
+
+    Attributes:
+        causal: queries see keys up to their own position; then there is no mask.
+        mask: of the whole sequence, broadcastable to (..., s, s): boolean (True may look) or
+            added to the scores; or None.
+        scale: of the scores; None is 1 / sqrt(size of a head).
+    """
+
+    causal: bool
+    mask: Tensor | None
+    scale: float | None
+
+
+def ring_forward(
+    q: Tensor, k: Tensor, v: Tensor, what: Attention, axis: Axis
+) -> tuple[Tensor, Tensor]:
+    """Return attention and the log-sum-exp of each row over all keys (no gradient)."""
+    kind = torch.promote_types(q.dtype, torch.float32)
+    out = kernels.result_for(q, v, kind)
+    lse = q.new_empty(q.shape[:-1], dtype=kind)
+    empty = True
+    moving = _packed(k, v)
+    for turn in range(axis.degree):
+        other = (axis.rank - turn) % axis.degree
+        coming = _start(moving, axis) if turn < axis.degree - 1 else None
+        kj, vj = _unpacked(moving, k, v)
+        for pair in _pairs(what, axis, axis.rank, other, q.shape[-2]):
+            part, part_lse = kernels.forward(
+                _rows(q, pair.rows),
+                _rows(kj, pair.columns),
+                _rows(vj, pair.columns),
+                pair.mask,
+                pair.causal,
+                what.scale,
+            )
+            if empty and part.shape == out.shape:
+                out.copy_(part)
+                lse.copy_(part_lse)
+            else:
+                if empty:
+                    out.zero_()
+                    lse.fill_(-math.inf)
+                kernels.merge(_rows(out, pair.rows), lse[..., pair.rows], part, part_lse)
+            empty = False
+        moving = coming.wait() if coming is not None else moving
+    return out.to(q.dtype), lse
+
+
+def ring_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    what: Attention,
+    axis: Axis,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of this rank's queries, keys and values.
+
+    Those of keys and values travel with them, and home. Each rank computes its share before it
+    waits for the sum of the others'.
+    """
+    dq = torch.zeros_like(q, dtype=lse.dtype)
+    moving = _packed(k, v)
+    sums, summed = torch.zeros_like(moving, dtype=lse.dtype), None
+    for turn in range(axis.degree):
+        other = (axis.rank - turn) % axis.degree
+        coming = _start(moving, axis) if turn < axis.degree - 1 else None
+        kj, vj = _unpacked(moving, k, v)
+        made = []
+        for pair in _pairs(what, axis, axis.rank, other, q.shape[-2]):
+            parts = kernels.backward(
+                _rows(grad, pair.rows),
+                _rows(q, pair.rows),
+                _rows(kj, pair.columns),
+                _rows(vj, pair.columns),
+                _rows(out, pair.rows),
+                lse[..., pair.rows],
+                pair.mask,
+                pair.causal,
+                what.scale,
+            )
+            _rows(dq, pair.rows).add_(parts[0])
+            made.append((pair.columns, parts[1:]))
+        sums = summed.wait() if summed is not None else sums
+        for columns, parts in made:
+            for total, part in zip(_unpacked(sums, k, v), parts, strict=True):
+                _rows(total, columns).add_(part)
+        summed = _start(sums, axis)
+        moving = coming.wait() if coming is not None else moving
+    assert summed is not None
+    dk, dv = _unpacked(summed.wait(), k, v)
+    return dq.to(q.dtype), dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
+
+
+def _packed(k: Tensor, v: Tensor) -> Tensor:
+    return torch.cat([k.reshape(-1), v.reshape(-1)])
+
+
+def _unpacked(moving: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    flat = moving.reshape(-1)
+    return flat[: k.numel()].view(k.shape), flat[k.numel() :].view(v.shape)
+
+
+@dataclass
+class _Transfer:
+    """Tensors on their way: what is sent must live until it has arrived."""
+
+    sent: Tensor
+    arriving: Tensor
+    requests: list[Any]
+
+    def wait(self) -> Tensor:
+        for request in self.requests:
+            request.wait()
+        return self.arriving
+
+
+def _start(x: Tensor, axis: Axis) -> _Transfer:
+    """Send ``x`` to the next rank and receive from the one before."""
+    arriving = torch.empty_like(x)
+    assert axis.group is not None
+    ahead = dist.get_global_rank(axis.group, (axis.rank + 1) % axis.degree)
+    behind = dist.get_global_rank(axis.group, (axis.rank - 1) % axis.degree)
+    operations = [
+        dist.P2POp(dist.isend, x, ahead, axis.group),
+        dist.P2POp(dist.irecv, arriving, behind, axis.group),
+    ]
+    return _Transfer(x, arriving, dist.batch_isend_irecv(operations))
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Queries of one part against keys of one part: local offsets, and what of it counts."""
+
+    rows: slice
+    columns: slice
+    causal: bool
+    mask: Tensor | None
+
+
+def _pairs(what: Attention, axis: Axis, rank: int, other: int, size: int) -> Iterator[_Pair]:
+    """Yield the pairs of ``rank``'s query parts and ``other``'s key parts that have work."""
+    mine, theirs = axis.parts(rank), axis.parts(other)
+    n, everything = size // len(mine), slice(0, size)
+    if what.mask is not None:
+        for i, row in enumerate(mine):
+            for j, column in enumerate(theirs):
+                mask = _mask_of(what.mask, row, column, n)
+                yield _Pair(slice(i * n, i * n + n), slice(j * n, j * n + n), False, mask)
+    elif not what.causal or rank == other:  # local parts are in order: one causal square
+        yield _Pair(everything, everything, what.causal, None)
+    elif rank > other:  # of the other's parts only the first lies before mine
+        yield _Pair(everything, slice(0, n), False, None)
+    elif axis.balanced:  # only my last part lies after the other's
+        yield _Pair(slice(n, size), everything, False, None)
+
+
+def _mask_of(mask: Tensor, row: int, column: int, n: int) -> Tensor:
+    """Return the block of the mask for one part of queries and one of keys."""
+    mask = rows_of_mask(mask, row, n)
+    return mask.narrow(-1, column * n, n) if mask.shape[-1] > 1 else mask
+
+
+def rows_of_mask(mask: Tensor, row: int, n: int) -> Tensor:
+    """Return the rows of the mask for one part of queries."""
+    return mask.narrow(-2, row * n, n) if mask.ndim > 1 and mask.shape[-2] > 1 else mask
+
+
+def _rows(x: Tensor, rows: slice) -> Tensor:
+    return x[..., rows, :]
