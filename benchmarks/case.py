@@ -25,6 +25,7 @@ class Case:
         schedule, virtual_stages: of the pipeline.
         compile: whether blocks are compiled.
         reshard: whether gathered parameters are freed after each use.
+        context: nemo2's method of context parallelism.
         lr: of AdamW.
     """
 
@@ -35,6 +36,7 @@ class Case:
     virtual_stages: int = 1
     compile: bool = True
     reshard: bool = False
+    context: str = "ring"
     lr: float = 3e-4
 
     @property

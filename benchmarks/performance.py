@@ -35,6 +35,7 @@ class Row:
     mesh: str
     attention: str = "flash"
     virtual_stages: int = 1
+    context: str = "ring"
     eager: bool = False
     reshard: bool = False
 
@@ -42,6 +43,7 @@ class Row:
     def name(self) -> str:
         parts = [self.shape, self.mesh.replace(",", " x "), self.attention]
         parts += [f"{self.virtual_stages} chunks"] if self.virtual_stages > 1 else []
+        parts += [self.context] if "cp=" in self.mesh else []
         parts += ["eager"] if self.eager else []
         parts += ["reshard"] if self.reshard else []
         return ", ".join(parts)
@@ -54,6 +56,7 @@ class Row:
             "mesh": self.mesh,
             "attention": self.attention,
             "virtual-stages": self.virtual_stages,
+            "context": self.context,
             "peer": peer,
             "steps": steps,
         }
@@ -71,6 +74,7 @@ FOUR = [
     Row("8b16l", "pp=4", virtual_stages=2),
     Row("1b", "dp=4"),
     Row("8b16l long", "cp=4"),
+    Row("8b16l long", "cp=4", context="all_gather"),
 ]
 TWO = [
     Row("8b8l", "tp=2"),
@@ -79,6 +83,7 @@ TWO = [
     Row("8b8l", "pp=2"),
     Row("8b8l", "pp=2", virtual_stages=2),
     Row("8b8l long", "cp=2"),
+    Row("8b8l long", "cp=2", context="all_gather"),
 ]
 ONE = [
     Row("8b4l", "dp=1", "cudnn"),
@@ -110,7 +115,8 @@ def run_row(row: Row, peers: Sequence[str], steps: int, timeout: float) -> list[
             )
             lines = [x for x in done.stdout.splitlines() if x.startswith("{")]
             said = done.stderr.strip().splitlines()
-            error = next((x for x in reversed(said) if "Error" in x), (said or ["no output"])[-1])
+            named = (x for x in reversed(said) if "Error" in x and "ChildFailedError" not in x)
+            error = next(named, (said or ["no output"])[-1])
         except subprocess.TimeoutExpired:
             lines, error = [], f"it ran longer than {timeout:.0f} s"
         made = json.loads(lines[-1]) if lines else {"peer": peer, "error": error[-300:]}

@@ -45,6 +45,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer", choices=PEERS, default="nemo2")
     parser.add_argument("--attention", choices=tuple(KERNELS), default="any")
     parser.add_argument("--virtual-stages", type=int, default=1, help="2 or more: interleaved")
+    parser.add_argument("--context", default="ring", help="method of nemo2's context parallelism")
     parser.add_argument("--eager", action="store_true", help="do not compile blocks")
     parser.add_argument("--reshard", action="store_true", help="free gathered parameters")
     parser.add_argument("--steps", type=int, default=5, help="measured, after two")
@@ -71,6 +72,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         args.virtual_stages,
         not args.eager,
         args.reshard,
+        args.context,
     )
     peak = matmul_flops(device)
     begun = time.perf_counter()
@@ -102,6 +104,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "peer": args.peer,
         "attention": args.attention,
         "virtual_stages": args.virtual_stages,
+        "context": args.context,
         "compiled": not args.eager,
         "reshard": args.reshard,
         "ms": round(1e3 * seconds, 2),

@@ -31,6 +31,7 @@ def build(case: Case) -> Step:
         model,
         mesh,
         data_parallel=nemo2.DataParallel(reshard=case.reshard),
+        context_parallel=case.context,
         pipeline=nemo2.Pipeline(case.microbatches, case.schedule, case.virtual_stages),
         precision="bf16" if case.dtype == torch.bfloat16 else None,
         compile=case.compile,
