@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import nemo2
-from nemo2 import PipelineError, shard
-from nemo2.pipeline.balance import block_costs, spread
+from nemo2 import Pipeline, PipelineError, shard
+from nemo2.pipeline import timetable
+from nemo2.pipeline.balance import block_costs, spread, spread_interleaved
 from tests.models import GPT, VOCAB, WIDTH
 
 
@@ -52,6 +54,74 @@ def test_many_stages_take_no_time():
     assert counts[-1] == 1
 
 
+@pytest.mark.parametrize(("pp", "chunks", "microbatches"), [(2, 2, 4), (4, 2, 8), (3, 4, 3)])
+def test_the_timetable_is_megatrons(pp: int, chunks: int, microbatches: int):
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import schedules
+
+    table = schedules.get_schedule_table(microbatches, chunks, pp)
+    for rank in range(pp):
+        sizes = {
+            "get_pipeline_model_parallel_world_size": pp,
+            "get_pipeline_model_parallel_rank": rank,
+            "get_virtual_pipeline_model_parallel_world_size": chunks,
+        }
+        with mock.patch.multiple(parallel_state, **{k: lambda v=v: v for k, v in sizes.items()}):
+            found = schedules.get_pp_rank_microbatches(microbatches, chunks, pp)
+        backwards = [(chunks - 1 - chunk, microbatch) for microbatch, chunk in table]
+        want = [(True, chunk, microbatch) for microbatch, chunk in table[: found[2]]]
+        for i, (microbatch, chunk) in enumerate(table[found[2] :]):
+            want += [(True, chunk, microbatch), (False, *backwards[i])]
+        want += [(False, *x) for x in backwards[len(table) - found[2] :]]
+        assert timetable.turns(rank, pp, chunks, microbatches) == want
+
+
+def test_a_step_by_hand():
+    """Two ranks, two chunks of one unit each, two microbatches.
+
+    Rank 1 starts at 1 and has nothing to wait for until its last forward, then for no backward.
+    """
+    assert timetable.step_time([1, 1, 1, 1], 2, 2) == 1 + 4 * 3 + 2
+    assert timetable.step_time([1, 1, 1, 3], 2, 2) > 1 + (1 + 3) * 3 * 2
+    assert timetable.most_held([1, 1, 1, 1], 2, 2) == 4
+    assert timetable.most_held([1, 1, 2, 1], 2, 2) == 6
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(1, 5), min_size=4, max_size=8), st.integers(1, 4))
+def test_no_moved_block_makes_an_interleaved_step_shorter(costs: list[int], rounds: int):
+    pipeline = Pipeline(2 * rounds, "interleaved", 2)
+    found = spread_interleaved(costs, 2, pipeline)
+    assert found in every_split(len(costs), 4)
+
+    def time(counts: list[int]) -> int:
+        ends = list(itertools.accumulate(counts))
+        stages = [sum(costs[end - n : end]) for end, n in zip(ends, counts, strict=True)]
+        return timetable.step_time(stages, 2, 2 * rounds)
+
+    assert time(found) <= time(spread(costs, 4))
+    for i, j in itertools.permutations(range(4), 2):
+        moved = [n + (k == j) - (k == i) for k, n in enumerate(found)]
+        assert min(moved) < 1 or time(moved) >= time(found)
+
+
+@pytest.mark.parametrize(
+    ("layers", "pp", "head", "share"),
+    [(8, 2, 266, 0.88), (16, 4, 266, 0.95), (16, 4, 100, 0.95), (16, 4, 0, 1.0)],
+)
+def test_ranks_rather_than_their_chunks_are_balanced(layers: int, pp: int, head: int, share: float):
+    """A head makes the last chunk the largest whatever is done; its rank can take less else."""
+    costs, pipeline = [100] * (layers - 1) + [100 + head], Pipeline(4 * pp, "interleaved", 2)
+    found, even = spread_interleaved(costs, pp, pipeline), spread(costs, 2 * pp)
+    times = []
+    for counts in (found, even):
+        stages = [100 * n for n in counts]
+        stages[-1] += head
+        times.append(timetable.step_time(stages, pp, 4 * pp))
+    assert times[0] <= share * times[1]
+    assert head or found == even
+
+
 def names(model: nn.Module) -> list[str]:
     return [f"layers.{i}" for i in range(len(model.layers))]
 
@@ -84,7 +154,7 @@ class Heavy(nn.Module):
         (2, 0, "pp=2", nemo2.Pipeline(), [3, 5]),
         (2, 2, "pp=4", nemo2.Pipeline(), [1, 3, 3, 1]),
         (0, 6, "pp=3", nemo2.Pipeline(), [3, 4, 1]),
-        (0, 2, "pp=2", nemo2.Pipeline(2, "interleaved", 2), [2, 3, 2, 1]),
+        (0, 2, "pp=2", nemo2.Pipeline(2, "interleaved", 2), [1, 3, 3, 1]),
         (0, 2, "pp=2", nemo2.Pipeline(2, "interleaved", 2, (1, 1, 1, 5)), [1, 1, 1, 5]),
         (2, 2, "pp=1", nemo2.Pipeline(), [8]),
     ],

@@ -103,7 +103,7 @@ def converted(device):
 
 
 def test_code_that_converts_tensors(pool):
-    """Torch's tensors for compiling turn ``float`` into ``to``, and answer ``device`` themselves."""
+    """Torch compiles with tensors that turn ``float`` into ``to``, and answer ``device``."""
     for text in pool.run(2, converted, pool.device):
         assert "layers.*  2      compiled" in text
 

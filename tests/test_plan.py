@@ -66,8 +66,8 @@ def test_stages_of_interleaved_ranks():
     plan = nemo2.plan(model, "pp=2", step=next_token, batch=token_ids(4), pipeline=how)
     assert [(s.index, s.rank, s.first, s.last) for s in plan.stages] == [
         (0, 0, 0, 0),
-        (1, 1, 1, 2),
-        (2, 0, 3, 3),
+        (1, 1, 1, 1),
+        (2, 0, 2, 3),
         (3, 1, 4, 4),
     ]
     tied = plan.param("embed.weight")
@@ -77,8 +77,8 @@ def test_stages_of_interleaved_ranks():
     for part in (
         "schedule=interleaved, virtual_stages=2",
         "stage  rank  chunk  blocks",
-        "1      1     0      layers.1 .. layers.2 (2)",
-        "2      0     1      layers.3 .. layers.3 (1)",
+        "1      1     0      layers.1 .. layers.1 (1)",
+        "2      0     1      layers.2 .. layers.3 (2)",
         "2 -> 3  layers.3[0]",
     ):
         assert part in text, text

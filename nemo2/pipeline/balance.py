@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..options import Pipeline
 from ..places import within
+from .timetable import most_held, step_time
 
 
 def block_costs(
@@ -91,6 +93,58 @@ def spread(costs: Sequence[int], stages: int) -> list[int]:
     split = best(0, stages)
     assert split is not None
     return [-count for count in split[3]]
+
+
+def spread_interleaved(costs: Sequence[int], pp: int, pipeline: Pipeline) -> list[int]:
+    """Return how many of the blocks, in order, each virtual stage takes: at least one.
+
+    Found by running through the schedule: from the split that ``spread`` gives, single blocks move
+    to other stages while the step gets shorter, or as long a step keeps fewer activations. Moves
+    off the busiest ranks, and to later stages, are tried first.
+
+    >>> spread_interleaved([3] * 7 + [11], 2, Pipeline(8, "interleaved", 2))  # a heavy head
+    [1, 2, 4, 1]
+    """
+    counts = spread(costs, pp * pipeline.virtual_stages)
+    # Longer steps repeat what a few rounds of microbatches show.
+    microbatches = pp * max(1, min(pipeline.microbatches // pp, _ROUNDS))
+    tries = _TURNS // (2 * microbatches * len(counts))
+    now = _price(costs, counts, pp, microbatches)
+    moves = _moves(costs, counts, pp)
+    while moves and tries:
+        source, target = moves.pop(0)
+        changed = list(counts)
+        changed[source] -= 1
+        changed[target] += 1
+        price, tries = _price(costs, changed, pp, microbatches), tries - 1
+        if price < now:
+            now, counts = price, changed
+            moves = _moves(costs, counts, pp)
+    return counts
+
+
+_ROUNDS, _TURNS = 4, 1_000_000  # the most forwards and backwards gone through: a second or two
+
+
+def _price(
+    costs: Sequence[int], counts: Sequence[int], pp: int, microbatches: int
+) -> tuple[int, int]:
+    time = step_time(_of_stages(costs, counts), pp, microbatches)
+    return time, most_held(counts, pp, microbatches)
+
+
+def _moves(costs: Sequence[int], counts: Sequence[int], pp: int) -> list[tuple[int, int]]:
+    """Return the pairs of stages, from and to, between which a block can move."""
+    stages = _of_stages(costs, counts)
+    load = [sum(stages[rank::pp]) for rank in range(pp)]
+    pairs = itertools.permutations(range(len(counts)), 2)
+    found = [(source, target) for source, target in pairs if counts[source] > 1]
+    return sorted(found, key=lambda x: (load[x[1] % pp] - load[x[0] % pp], x[0] - x[1]))
+
+
+def _of_stages(costs: Sequence[int], counts: Sequence[int]) -> list[int]:
+    ends = list(itertools.accumulate(counts))
+    return [sum(costs[end - count : end]) for end, count in zip(ends, counts, strict=True)]
 
 
 def bubble_share(pp: int, pipeline: Pipeline) -> float:

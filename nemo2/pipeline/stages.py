@@ -15,7 +15,7 @@ from ..options import Pipeline
 from ..places import within
 from ..sharding.layout import local_shape
 from ..trace import Trace
-from .balance import spread
+from .balance import spread, spread_interleaved
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def is_called(module: nn.Module) -> bool:
 
 
 def split_blocks(costs: Sequence[int], pp: int, pipeline: Pipeline) -> tuple[StagePlan, ...]:
-    """Spread blocks over ``pp`` ranks; see ``spread`` for how, unless ``layers_per_stage`` says.
+    """Spread blocks over ``pp`` ranks as ``balance.py`` does, unless ``layers_per_stage`` says.
 
     Raises: PipelineError when there are more stages than blocks, or when the numbers given do
         not fit.
@@ -114,7 +114,10 @@ def split_blocks(costs: Sequence[int], pp: int, pipeline: Pipeline) -> tuple[Sta
             f"  options: {_sizes_that_work(blocks, pp, pipeline.virtual_stages)}"
         )
     starts = [0]
-    for count in given or spread(costs, stages):
+    found = given or (
+        spread(costs, pp) if stages == pp else spread_interleaved(costs, pp, pipeline)
+    )
+    for count in found:
         starts.append(starts[-1] + count)
     return tuple(StagePlan(i, starts[i], starts[i + 1] - 1, i % pp) for i in range(stages))
 
