@@ -106,9 +106,7 @@ class OnlySquares:
     ):
         assert not rest[3] or q.shape == k.shape
         assert lse.shape == (*q.shape[:-1], 1)
-        return kernels._plain_backward(
-            grad, q, k, v, out, lse.squeeze(-1), None, rest[3], scale
-        )
+        return kernels._plain_backward(grad, q, k, v, out, lse.squeeze(-1), None, rest[3], scale)
 
 
 def test_a_kernel_that_masks_only_squares_gives_the_last_rows_of_a_sequence(monkeypatch):

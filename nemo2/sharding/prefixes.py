@@ -46,9 +46,7 @@ def prefixes_backward(
     dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
     for rows, end in _chunks(q, ends):
         part = grad[..., rows, :], q[..., rows, :], k[..., :end, :], v[..., :end, :]
-        made = kernels.backward(
-            *part, out[..., rows, :], lse[..., rows], None, causal, scale
-        )
+        made = kernels.backward(*part, out[..., rows, :], lse[..., rows], None, causal, scale)
         dq[..., rows, :] = made[0]
         dk[..., :end, :] += made[1]
         dv[..., :end, :] += made[2]
