@@ -25,7 +25,7 @@ class Case:
         schedule, virtual_stages: of the pipeline.
         compile: whether blocks are compiled.
         reshard: whether gathered parameters are freed after each use.
-        context: nemo2's method of context parallelism.
+        context, async_tp: nemo2's method of context parallelism, and ``Compile(async_tp=)``.
         lr: of AdamW.
     """
 
@@ -37,6 +37,7 @@ class Case:
     compile: bool = True
     reshard: bool = False
     context: str = "ring"
+    async_tp: bool = False
     lr: float = 3e-4
 
     @property

@@ -36,6 +36,7 @@ class Row:
     attention: str = "flash"
     virtual_stages: int = 1
     context: str = "ring"
+    async_tp: bool = False
     eager: bool = False
     reshard: bool = False
 
@@ -44,6 +45,7 @@ class Row:
         parts = [self.shape, self.mesh.replace(",", " x "), self.attention]
         parts += [f"{self.virtual_stages} chunks"] if self.virtual_stages > 1 else []
         parts += [self.context] if "cp=" in self.mesh else []
+        parts += ["async tp"] if self.async_tp else []
         parts += ["eager"] if self.eager else []
         parts += ["reshard"] if self.reshard else []
         return ", ".join(parts)
@@ -61,7 +63,8 @@ class Row:
             "steps": steps,
         }
         flags = [f"--{name}={value}" for name, value in given.items()]
-        flags += [f"--{name}" for name in ("eager", "reshard") if getattr(self, name)]
+        switches = ("async_tp", "eager", "reshard")
+        flags += [f"--{name.replace('_', '-')}" for name in switches if getattr(self, name)]
         flags += ["--profile"] if torch.cuda.device_count() >= world else []
         return [*run, "-m", "benchmarks.train", *flags]
 
@@ -69,6 +72,7 @@ class Row:
 FOUR = [
     Row("8b16l", "dp=4", "cudnn"),
     Row("8b16l", "tp=4"),
+    Row("8b16l", "tp=4", async_tp=True),
     Row("8b16l", "dp=2,tp=2"),
     Row("8b16l", "tp=2,pp=2"),
     Row("8b16l", "pp=4", virtual_stages=2),
@@ -78,6 +82,7 @@ FOUR = [
 ]
 TWO = [
     Row("8b8l", "tp=2"),
+    Row("8b8l", "tp=2", async_tp=True),
     Row("8b8l", "dp=2", "cudnn"),
     Row("1b", "dp=2"),
     Row("8b8l", "pp=2"),

@@ -46,6 +46,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--attention", choices=tuple(KERNELS), default="any")
     parser.add_argument("--virtual-stages", type=int, default=1, help="2 or more: interleaved")
     parser.add_argument("--context", default="ring", help="method of nemo2's context parallelism")
+    parser.add_argument("--async-tp", action="store_true", help="nemo2's Compile(async_tp=True)")
     parser.add_argument("--eager", action="store_true", help="do not compile blocks")
     parser.add_argument("--reshard", action="store_true", help="free gathered parameters")
     parser.add_argument("--steps", type=int, default=5, help="measured, after two")
@@ -73,6 +74,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         not args.eager,
         args.reshard,
         args.context,
+        args.async_tp,
     )
     peak = matmul_flops(device)
     begun = time.perf_counter()
@@ -105,6 +107,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "attention": args.attention,
         "virtual_stages": args.virtual_stages,
         "context": args.context,
+        "async_tp": args.async_tp,
         "compiled": not args.eager,
         "reshard": args.reshard,
         "ms": round(1e3 * seconds, 2),

@@ -10,7 +10,7 @@ from .functional import global_norm, grad, value_and_grad
 from .generate import generate
 from .inside import is_first_stage, is_last_stage
 from .mesh import make_mesh
-from .options import ContextParallel, DataParallel, Pipeline
+from .options import Compile, ContextParallel, DataParallel, Pipeline
 from .parallelize import parallelize
 from .plan import Plan, plan
 from .sharding.annotate import annotate, shard
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointError",
+    "Compile",
     "ContextParallel",
     "DataParallel",
     "MegatronStrategy",

@@ -58,7 +58,8 @@ def tables(plan: Plan) -> str:
     if options.remat is not None:
         head += f", remat={options.remat}"
     if options.compile is not None:
-        head += f", compile={options.compile}"
+        head += f", compile={options.compile.backend}"
+        head += ", async_tp" if options.compile.async_tp else ""
     parts = [
         head,
         "weights and buffers: copied from the first rank of the mesh; those on meta are drawn by"

@@ -113,6 +113,22 @@ class ContextParallel:
 
 
 @dataclass(frozen=True)
+class Compile:
+    """How blocks are compiled.
+
+    Args:
+        backend: ``"inductor"``, or ``"aot_eager"``, which runs a block's graph as it is, to look
+            for errors.
+        async_tp: join the collectives of tensor parallelism that nothing hides to the products
+            beside them, so that rows travel while others are multiplied. Needs inductor, the
+            sequence split over ``tp``, and GPUs that read each other's memory.
+    """
+
+    backend: str = "inductor"
+    async_tp: bool = False
+
+
+@dataclass(frozen=True)
 class Options:
     """All options of one plan, resolved.
 
@@ -126,9 +142,7 @@ class Options:
         remat: ``"full"`` keeps the inputs of each block of the list annotated with ``"pp"``, and
             runs the block again in backward. ``"selective"`` keeps the results of its matrix
             products, too, and so repeats attention and elementwise work.
-        compile: what compiles the blocks of the list annotated with ``"pp"``: ``"inductor"``
-            (asked for by ``compile=True``), ``"aot_eager"``, which runs a block's graph as it is,
-            to look for errors; or None.
+        compile: how the blocks of the list annotated with ``"pp"`` are compiled; or None.
     """
 
     data_parallel: DataParallel = DataParallel()
@@ -137,7 +151,7 @@ class Options:
     sequence_parallel: bool | None = None
     precision: str | None = None
     remat: str | None = None
-    compile: str | None = None
+    compile: Compile | None = None
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype in which a run computes with what is held, or given, as ``dtype``."""
@@ -157,7 +171,7 @@ class Options:
         sequence_parallel: bool | None = None,
         precision: str | None = None,
         remat: str | None = None,
-        compile: bool | str = False,
+        compile: bool | str | Compile = False,
         **others: Any,
     ) -> Options:
         """Check the options of ``parallelize`` for ``sizes``.
@@ -173,11 +187,12 @@ class Options:
         problems = _kinds(dp, cp, pipeline)
         if not problems:  # else there is nothing to look into
             problems = _unknown(cp, pipeline, others) + _data_parallel(sizes, dp)
-            problems += _memory(precision, remat) + _compile(compile)
+            problems += _memory(precision, remat)
+            problems += _compile(sizes, compile, sequence_parallel)
         if problems:
             raise Nemo2Error("parallelize:\n" + "\n".join(f"  {p}" for p in problems))
-        backend = "inductor" if compile is True else compile or None
-        return Options(dp, pipeline, cp, sequence_parallel, precision, remat, backend)
+        how = _compile_of(compile)
+        return Options(dp, pipeline, cp, sequence_parallel, precision, remat, how)
 
 
 _KNOWN = (
@@ -226,13 +241,29 @@ def _memory(precision: Any, remat: Any) -> list[str]:
     return problems
 
 
-def _compile(compile: Any) -> list[str]:
-    if compile in (True, False, None, "inductor", "aot_eager"):
+def _compile_of(compile: Any) -> Any:
+    if isinstance(compile, str):
+        return Compile(compile)
+    return Compile() if compile is True else compile or None
+
+
+def _compile(sizes: MeshSizes, compile: Any, sequence_parallel: bool | None) -> list[str]:
+    how = _compile_of(compile)
+    if how is None:
         return []
-    return [
-        f"compile={compile!r} is unknown; True ('inductor'), 'aot_eager' (a block's graph as it"
-        " is, without a compiler), False"
-    ]
+    if not isinstance(how, Compile) or how.backend not in ("inductor", "aot_eager"):
+        return [
+            f"compile={compile!r} is unknown; True ('inductor'), 'aot_eager' (a block's graph as"
+            " it is, without a compiler), False, Compile(...)"
+        ]
+    if how.async_tp and how.backend != "inductor":
+        return [f"{how} needs backend='inductor', which rewrites the graph"]
+    if how.async_tp and sizes.tp > 1 and sequence_parallel is False:
+        return [
+            "Compile(async_tp=True) works on gathers and sums of parts of the sequence; it needs"
+            " sequence_parallel=True (or None), not False"
+        ]
+    return []
 
 
 def _data_parallel(sizes: MeshSizes, dp: DataParallel) -> list[str]:

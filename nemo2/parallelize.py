@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .errors import Nemo2Error
 from .limits import check_module
 from .mesh.groups import MeshGroups, replica_mesh, stage_group
+from .mesh.peers import check_peer_memory
 from .options import Pipeline
 from .places import places
 from .plan import Plan, plan
@@ -66,6 +67,8 @@ def parallelize(
     planned = plan(model, mesh, data_parallel=data_parallel, pipeline=pipeline, **options)
     groups = MeshGroups.of(mesh)
     check_same_everywhere(planned, model, groups)
+    if planned.options.compile is not None and planned.options.compile.async_tp:
+        check_peer_memory(groups)
     seed = _seed(groups)
     source = Source(model, groups, seed)
     module = model if inplace else _copy_without_parameters(model)

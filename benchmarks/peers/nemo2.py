@@ -34,7 +34,7 @@ def build(case: Case) -> Step:
         context_parallel=case.context,
         pipeline=nemo2.Pipeline(case.microbatches, case.schedule, case.virtual_stages),
         precision="bf16" if case.dtype == torch.bfloat16 else None,
-        compile=case.compile,
+        compile=nemo2.Compile(async_tp=case.async_tp) if case.compile else False,
         inplace=True,
     )
     optimizer = torch.optim.AdamW(parallel.parameters(), lr=case.lr, fused=True)

@@ -21,7 +21,7 @@ from ..errors import Nemo2Error
 from ..pytree import tree_flatten, tree_unflatten
 from ..sharding.actions import Axes
 from ..sharding.dropout import Site, is_running, next_row
-from .graph import compiled_function
+from .graph import Compiler, compiled_function
 from .rehearse import Rehearsal, cannot_compile, rehearse
 from .slots import Slots, scalars
 
@@ -44,10 +44,9 @@ class CompiledBlock:
 
     Attributes:
         forward: what runs eagerly, and is traced.
-        backend: ``"inductor"`` or ``"aot_eager"``.
+        compiler: what makes code of its graph.
         told: why blocks run eagerly, as far as the user was told.
         stale: whether the numbers that its modules hold may have changed since it was called.
-        selective: keep only matrix products and sums for backward (``remat="selective"``).
     """
 
     forward: Callable[..., Any]
@@ -57,13 +56,11 @@ class CompiledBlock:
         name: str,
         block: nn.Module,
         axes: Axes,
-        backend: str,
+        compiler: Compiler,
         told: set[str],
-        *,
-        selective: bool,
     ) -> None:
         self.name, self.block, self.axes = name, block, axes
-        self.backend, self.selective, self._told = backend, selective, told
+        self.compiler, self._told = compiler, told
         self.forward = block.forward
         self._variants: dict[Any, _Variant] = {}
         self._by_scalars: dict[Any, dict[Any, _Variant]] = {}
@@ -126,13 +123,11 @@ class CompiledBlock:
         if isinstance(rehearsal, str):
             return self._eager(rehearsal)
         try:
-            run = compiled_function(
-                rehearsal, forward, leaves, held, self.backend, selective=self.selective
-            )
+            run = compiled_function(rehearsal, forward, leaves, held, self.compiler)
         except Exception as error:
             first = next(iter(str(error).strip().splitlines()), "")
             raise Nemo2Error(
-                f"block '{self.name}' cannot be compiled by {self.backend}:"
+                f"block '{self.name}' cannot be compiled by {self.compiler.backend}:"
                 f" {type(error).__name__}: {first}\n"
                 '  options: compile=False | compile="aot_eager", which needs no compiler'
             ) from error

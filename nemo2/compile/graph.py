@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,14 +21,59 @@ from ..sharding.tracing import Tracing, tracing
 from .rehearse import Rehearsal, stand_ins
 
 
+@dataclass(frozen=True)
+class Compiler:
+    """What makes code of a block's graph.
+
+    Attributes:
+        backend: ``"inductor"`` or ``"aot_eager"``.
+        selective: keep only matrix products and sums for backward (``remat="selective"``).
+        async_tp: see ``Compile``.
+    """
+
+    backend: str
+    selective: bool
+    async_tp: bool
+
+    def __call__(self, module: GraphModule, inputs: Sequence[Tensor]) -> Any:
+        """Return the code of a graph that calls a block, compiled forward and backward."""
+        make = self._inductor if self.backend == "inductor" else self._aot_eager
+        return make(module, inputs)
+
+    def _aot_eager(self, module: GraphModule, inputs: Sequence[Tensor]) -> Any:
+        from torch._dynamo.backends.common import aot_autograd
+        from torch._dynamo.backends.debugging import aot_eager, boxed_nop
+
+        from .remat import partitioned
+
+        if not self.selective:
+            return aot_eager(module, inputs)
+        made: Callable[..., Any] = aot_autograd(
+            fw_compiler=boxed_nop,
+            bw_compiler=boxed_nop,
+            partition_fn=partitioned,
+            keep_inference_input_mutations=True,
+        )
+        return made(module, inputs)
+
+    def _inductor(self, module: GraphModule, inputs: Sequence[Tensor]) -> Any:
+        from torch._inductor.compile_fx import compile_fx
+
+        from .overlap import Overlap
+        from .remat import Selective
+
+        options: dict[str, Any] = {"post_grad_custom_post_pass": Overlap(pipelined=self.async_tp)}
+        if self.selective:
+            options["joint_custom_pre_pass"] = Selective()
+        return compile_fx(module, inputs, config_patches=options)
+
+
 def compiled_function(
     rehearsal: Rehearsal,
     forward: Callable[[Sequence[Any]], Any],
     leaves: Sequence[Any],
     held: Sequence[Tensor],
-    backend: str,
-    *,
-    selective: bool,
+    compiler: Compiler,
 ) -> Callable[..., Sequence[Any]]:
     """Return a function of the tensors among ``leaves``, dropout's keys if any, and ``held``.
 
@@ -57,7 +102,7 @@ def compiled_function(
     module = _as_graph(body, len(unique), len(rehearsal.outputs))
     # The outer graph has one node; what it calls is not in AOTAutograd's key of a cache.
     with aot_config.patch(enable_autograd_cache=False), tracing(Tracing()):  # backward, too
-        run = _backend(backend, selective)(module, list(unique.values()))
+        run = compiler(module, list(unique.values()))
     first = [order.index(i) for i in range(len(unique))]
 
     def call(*tensors: Tensor) -> Sequence[Any]:
@@ -85,34 +130,3 @@ def _as_graph(run: Callable[..., Any], inputs: int, outputs: int) -> GraphModule
     made = graph.call_module("body", given)
     graph.output(tuple(graph.call_function(operator.getitem, (made, i)) for i in range(outputs)))
     return GraphModule(root, graph)
-
-
-def _backend(name: str, selective: bool) -> Callable[..., Callable[..., Sequence[Any]]]:
-    if name == "aot_eager":
-        from torch._dynamo.backends.common import aot_autograd
-        from torch._dynamo.backends.debugging import aot_eager, boxed_nop
-
-        from .remat import partitioned
-
-        if not selective:
-            return aot_eager
-        made: Callable[..., Any] = aot_autograd(
-            fw_compiler=boxed_nop,
-            bw_compiler=boxed_nop,
-            partition_fn=partitioned,
-            keep_inference_input_mutations=True,
-        )
-        return made
-    return partial(_inductor, selective=selective)
-
-
-def _inductor(module: GraphModule, inputs: Sequence[Tensor], *, selective: bool) -> Any:
-    from torch._inductor.compile_fx import compile_fx
-
-    from .overlap import Overlap
-    from .remat import Selective
-
-    options: dict[str, Any] = {"post_grad_custom_post_pass": Overlap()}
-    if selective:
-        options["joint_custom_pre_pass"] = Selective()
-    return compile_fx(module, inputs, config_patches=options)

@@ -16,6 +16,8 @@ from torch._inductor.fx_passes.control_dependencies import preserve_node_orderin
 from torch.fx import Graph, Node
 from torch.utils._ordered_set import OrderedSet
 
+from . import pipelined
+
 _aten: Any = torch.ops.aten
 _c10d: Any = torch.ops._c10d_functional
 _WAIT = _c10d.wait_tensor.default
@@ -32,20 +34,30 @@ _OPERATIONS_A_BYTE = 2000.0
 
 
 class Overlap(CustomGraphPass):
-    """``hide_collectives`` as a pass of inductor."""
+    """``hide_collectives`` as a pass of inductor.
+
+    Args:
+        pipelined: join what nothing hides to its products, by ``pipeline_collectives``.
+    """
+
+    def __init__(self, *, pipelined: bool) -> None:
+        self.pipelined = pipelined
 
     def __call__(self, graph: Graph) -> None:
-        hide_collectives(graph)
+        bare = hide_collectives(graph)
+        if self.pipelined:
+            pipelined.pipeline_collectives(graph, bare)
 
     def uuid(self) -> Any:
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__, pipelined.__file__), str(self.pipelined))
 
 
-def hide_collectives(graph: Graph) -> None:
+def hide_collectives(graph: Graph) -> list[Node]:
     """Let products that only results depend on run while collectives are on their way.
 
     Each collective gets of the products whose factors are known as many, oldest first, as take
     about as long as it; the last one all that are left. Their factors are kept until then.
+    Returns the waits for those that get none.
     """
     waits = [n for n in graph.nodes if n.target == _WAIT and n.args[0].target in _PASSES]
     place = {node: i for i, node in enumerate(graph.nodes)}
@@ -65,6 +77,7 @@ def hide_collectives(graph: Graph) -> None:
             order.setdefault(wait, OrderedSet()).add(nodes[0])
     # The order of nodes alone is not kept: kernels are joined, and moved to save memory.
     preserve_node_ordering(graph, order)
+    return [wait for wait in waits if wait not in order]
 
 
 def _only_for_results(product: Node) -> list[Node]:

@@ -33,7 +33,7 @@ from ..mesh.make import store_of_restart
 from ..mesh.sizes import AXES, MeshSizes, fit_sizes
 from ..mesh.watchdog import Watchdog
 from ..model import ParallelModel
-from ..options import ContextParallel, DataParallel, Pipeline
+from ..options import Compile, ContextParallel, DataParallel, Pipeline
 from ..parallelize import parallelize
 from ..sharding.modes import suspended
 from .alike import Alike
@@ -83,7 +83,7 @@ class MegatronStrategy(ParallelStrategy):
         sequence_parallel: split activations between split regions over ``tp`` along the
             sequence; None: where a sequence is found.
         remat: "full" or "selective" run blocks again in backward to save memory; None: keep all.
-        compile: True compiles each block of the list annotated with ``"pp"``.
+        compile: True, or a ``Compile``, compiles each block of the list annotated with ``"pp"``.
         asynchronous_save: write checkpoints in the background; saving costs a copy to host memory.
         others: what is unknown, to be refused with the options that there are.
 
@@ -111,7 +111,7 @@ class MegatronStrategy(ParallelStrategy):
         context_parallel: str | ContextParallel = "ring",
         sequence_parallel: bool | None = None,
         remat: str | None = None,
-        compile: bool | str = False,
+        compile: bool | str | Compile = False,
         asynchronous_save: bool = False,
         **others: Any,
     ) -> None:

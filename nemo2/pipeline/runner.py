@@ -21,9 +21,11 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..compile.block import CompiledBlock
+from ..compile.graph import Compiler
 from ..errors import PipelineError
 from ..limits import skipped
 from ..mesh.groups import MeshGroups
+from ..options import Compile
 from ..places import Place
 from ..plan import Plan, StepPlan
 from ..pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -270,18 +272,16 @@ class StageRunner(nn.Module):
             return self._compiled_alone
         return self._compiled.setdefault(self.step_plan, {})
 
-    def _install_compiled(self, backend: str) -> None:
+    def _install_compiled(self, how: Compile) -> None:
         """Let this rank's blocks run compiled: what was installed before is what is traced."""
         made = self.compiled
+        compiler = Compiler(how.backend, self.plan.options.remat == "selective", how.async_tp)
         for i, name in enumerate(self.plan.blocks):
             if not self._is_local(i):
                 continue
             block = self.module.get_submodule(name)
             if name not in made:
-                selective = self.plan.options.remat == "selective"
-                made[name] = CompiledBlock(
-                    name, block, self.axes, backend, self._told, selective=selective
-                )
+                made[name] = CompiledBlock(name, block, self.axes, compiler, self._told)
             made[name].forward = block.forward
             self._install(name, partial(_instead, made[name]))
 
@@ -454,7 +454,8 @@ class StageRunner(nn.Module):
         mode: AbstractContextManager[Any] = nullcontext()
         if script is not None:
             mode = obeying(script, self.axes, passage.values.__setitem__)
-        fused = self.plan.options.compile == "inductor"
+        how = self.plan.options.compile
+        fused = how is not None and how.backend == "inductor"
         narrow = self.at_end and (fused or script is not None)
         losses = NarrowLosses(fused=fused) if narrow else nullcontext()
         passage.watched = narrow or script is not None

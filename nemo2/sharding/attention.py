@@ -90,7 +90,7 @@ def _gathered(q: Tensor, k: Tensor, v: Tensor, what: Attention, axis: Axis) -> T
     if what.mask is not None:  # torch has no efficient kernel for a mask and fewer heads
         k, v = kernels.as_many_heads(k, q), kernels.as_many_heads(v, q)
         masks = [rows_of_mask(what.mask, row, n) for row in mine]
-        parts = zip(q.split(n, -2), masks, strict=True)
+        parts = zip(q.chunk(len(mine), -2), masks, strict=True)
         return torch.cat([_attention(own, k, v, mask, what) for own, mask in parts], -2)
     ends = [(row + 1) * n for row in mine] if what.causal else [k.shape[-2]]
     out: Tensor = _Prefixes.apply(q, k, v, ends, what)  # type: ignore[no-untyped-call]

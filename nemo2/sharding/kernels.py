@@ -172,7 +172,7 @@ def _plain_backward(
 def _summed_heads(x: Tensor, heads: int) -> Tensor:
     if x.ndim < 3 or x.shape[-3] == heads:
         return x
-    return x.unflatten(-3, (heads, -1)).sum(-3)
+    return x.reshape(*x.shape[:-3], heads, -1, *x.shape[-2:]).sum(-3)
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

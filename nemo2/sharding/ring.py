@@ -96,7 +96,7 @@ def ring_backward(
         kj, vj = _unpacked(moving, k, v)
         made = []
         for pair in _pairs(what, axis, axis.rank, other, q.shape[-2]):
-            parts = kernels.backward(
+            mine, *theirs = kernels.backward(
                 _rows(grad, pair.rows),
                 _rows(q, pair.rows),
                 _rows(kj, pair.columns),
@@ -107,11 +107,11 @@ def ring_backward(
                 pair.causal,
                 what.scale,
             )
-            _rows(dq, pair.rows).add_(parts[0])
-            made.append((pair.columns, parts[1:]))
+            _rows(dq, pair.rows).add_(mine)
+            made.append((pair.columns, theirs))
         sums = summed.wait() if summed is not None else sums
-        for columns, parts in made:
-            for total, part in zip(_unpacked(sums, k, v), parts, strict=True):
+        for columns, theirs in made:
+            for total, part in zip(_unpacked(sums, k, v), theirs, strict=True):
                 _rows(total, columns).add_(part)
         summed = _start(sums, axis)
         moving = coming.wait() if coming is not None else moving
