@@ -240,7 +240,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_yticks([n + 0.2 for n in range(len(rows))], rows)
     axes.set_xlabel("MFU, % of the measured matrix product")
     axes.invert_yaxis()
-    axes.legend()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(PEERS))
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

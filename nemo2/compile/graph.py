@@ -47,14 +47,14 @@ class Compiler:
         from .remat import partitioned
 
         if not self.selective:
-            return aot_eager(module, inputs)
+            return aot_eager(module, list(inputs))
         made: Callable[..., Any] = aot_autograd(
             fw_compiler=boxed_nop,
             bw_compiler=boxed_nop,
             partition_fn=partitioned,
             keep_inference_input_mutations=True,
         )
-        return made(module, inputs)
+        return made(module, list(inputs))
 
     def _inductor(self, module: GraphModule, inputs: Sequence[Tensor]) -> Any:
         from torch._inductor.compile_fx import compile_fx

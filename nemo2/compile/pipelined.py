@@ -46,7 +46,7 @@ def _gather_and_multiply(graph: Graph, wait: Node, start: Node) -> None:
     shard: Any = start.args[0]
     if len(_shape(shard)) < 2:
         return
-    matrices = {rows: order for rows, order in _matrices(wait)}
+    matrices = dict(_matrices(wait))
     products = [p for rows in matrices for p in rows.users if p.target in (_MM, _ADDMM)]
     products = [p for p in products if p.args[-2] in matrices]
     with graph.inserting_before(start):
@@ -61,11 +61,11 @@ def _gather_and_multiply(graph: Graph, wait: Node, start: Node) -> None:
     for out, product in zip(outs, weights, strict=True):
         with graph.inserting_before(product):
             order = matrices[product.args[-2]]  # type: ignore[index]
-            out = _add(graph, _aten.permute.default, out, order) if order else out
-            out = _add(graph, _aten.reshape.default, out, list(_shape(product)))
+            rows = _add(graph, _aten.permute.default, out, order) if order else out
+            rows = _add(graph, _aten.reshape.default, rows, list(_shape(product)))
             if product.target == _ADDMM:
-                out = _add(graph, _aten.add.Tensor, out, product.args[0])
-        product.replace_all_uses_with(out)
+                rows = _add(graph, _aten.add.Tensor, rows, product.args[0])
+        product.replace_all_uses_with(rows)
         graph.erase_node(product)
     wait.replace_all_uses_with(whole)
     graph.erase_node(wait)
@@ -117,7 +117,7 @@ def _matrices(wait: Node) -> Iterator[tuple[Node, list[int] | None]]:
                     found.append((user, list(moved)))
 
 
-def _again(graph: Graph, weight: Any) -> Node | None:
+def _again(graph: Graph, weight: Any) -> Any:
     """Return ``weight`` made once more here, if it is an input of the graph, moved or cast."""
     if weight.op == "placeholder":
         return weight
