@@ -28,12 +28,12 @@ class Compiler:
     Attributes:
         backend: ``"inductor"`` or ``"aot_eager"``.
         selective: keep only matrix products and sums for backward (``remat="selective"``).
-        async_tp: see ``Compile``.
+        pipelined: the name of the group whose collectives are joined to products, or "".
     """
 
     backend: str
     selective: bool
-    async_tp: bool
+    pipelined: str
 
     def __call__(self, module: GraphModule, inputs: Sequence[Tensor]) -> Any:
         """Return the code of a graph that calls a block, compiled forward and backward."""
@@ -62,7 +62,7 @@ class Compiler:
         from .overlap import Overlap
         from .remat import Selective
 
-        options: dict[str, Any] = {"post_grad_custom_post_pass": Overlap(pipelined=self.async_tp)}
+        options: dict[str, Any] = {"post_grad_custom_post_pass": Overlap(self.pipelined)}
         if self.selective:
             options["joint_custom_pre_pass"] = Selective()
         return compile_fx(module, inputs, config_patches=options)

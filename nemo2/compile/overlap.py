@@ -37,19 +37,20 @@ class Overlap(CustomGraphPass):
     """``hide_collectives`` as a pass of inductor.
 
     Args:
-        pipelined: join what nothing hides to its products, by ``pipeline_collectives``.
+        group: what nothing hides of this group's collectives is joined to its products, by
+            ``pipeline_collectives``; "" is none.
     """
 
-    def __init__(self, *, pipelined: bool) -> None:
-        self.pipelined = pipelined
+    def __init__(self, group: str) -> None:
+        self.group = group
 
     def __call__(self, graph: Graph) -> None:
         bare = hide_collectives(graph)
-        if self.pipelined:
-            pipelined.pipeline_collectives(graph, bare)
+        if self.group:
+            pipelined.pipeline_collectives(graph, bare, self.group)
 
     def uuid(self) -> Any:
-        return get_hash_for_files((__file__, pipelined.__file__), str(self.pipelined))
+        return get_hash_for_files((__file__, pipelined.__file__), self.group)
 
 
 def hide_collectives(graph: Graph) -> list[Node]:

@@ -27,14 +27,17 @@ _RESHAPES = (_aten.reshape.default, _aten.view.default)
 _CLONES = (_aten.clone.default,)
 
 
-def pipeline_collectives(graph: Graph, waits: Iterable[Node]) -> None:
+def pipeline_collectives(graph: Graph, waits: Iterable[Node], group: str) -> None:
     """Replace the collectives that ``waits`` wait for, where nothing but a product stands beside.
 
     Args:
         waits: ``wait_tensor`` nodes of gathers and sums over ranks; others are left as they are.
+        group: the name of the one whose collectives are replaced.
     """
     for wait in waits:
         start: Any = wait.args[0]
+        if start.args[-1] != group:
+            continue
         if start.target == _GATHER and len(start.users) == 1:
             _gather_and_multiply(graph, wait, start)
         elif start.target == _SUM and len(start.users) == 1 and start.args[1] == "sum":

@@ -275,7 +275,9 @@ class StageRunner(nn.Module):
     def _install_compiled(self, how: Compile) -> None:
         """Let this rank's blocks run compiled: what was installed before is what is traced."""
         made = self.compiled
-        compiler = Compiler(how.backend, self.plan.options.remat == "selective", how.async_tp)
+        tp = self.axes["tp"].group if how.async_tp else None
+        selective = self.plan.options.remat == "selective"
+        compiler = Compiler(how.backend, selective, tp.group_name if tp is not None else "")
         for i, name in enumerate(self.plan.blocks):
             if not self._is_local(i):
                 continue
