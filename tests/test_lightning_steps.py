@@ -195,16 +195,32 @@ class Early(Lit):
         self.net = LogsEarly(self, self.net)
 
 
-def test_a_value_of_an_earlier_stage_is_named(tmp_path: Path) -> None:
-    program = [sys.executable, "-m", "tests.test_lightning_steps", str(tmp_path)]
+class Late(Lit):
+    """Asks from the second batch on for a parameter of the first stage."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss: Tensor = super().training_step(batch, batch_idx)
+        return loss + self.net.embed.weight.square().sum() if batch_idx else loss
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (Early, "self.log('size', ...): an earlier stage has computed the value"),
+        (Late, "the loss needs a parameter or value of an earlier stage, and did not when"),
+    ],
+)
+def test_what_only_the_last_stage_sees_is_said(kind: type[Lit], said: str, tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "tests.test_lightning_steps", kind.__name__, str(tmp_path)]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else None
     ended = subprocess.run(
         program, capture_output=True, text=True, env=environment, timeout=200, check=False
     )
     assert ended.returncode
-    assert "self.log('size', ...): an earlier stage has computed the value" in ended.stderr
+    assert said in ended.stderr
 
 
 if __name__ == "__main__":
-    made = trainer(sys.argv[1], strategy=nemo2.MegatronStrategy(pp=2), devices=2)
-    made.fit(Early(), data(8, 16), data(8, 16))
+    given: dict[str, Any] = {"strategy": nemo2.MegatronStrategy(pp=2), "devices": 2}
+    made = trainer(sys.argv[2], val_check_interval=1, **given)
+    made.fit({"Early": Early, "Late": Late}[sys.argv[1]](), data(8, 16), data(8, 16))

@@ -67,6 +67,12 @@ class Losses:
             result, aux = result
             self.aux.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, aux))
         loss, count = checked_loss(result)
+        if is_absent(loss):
+            raise PipelineError(
+                "the loss needs a parameter or value of an earlier stage, and did not when the step"
+                " was planned\n"
+                "  options: use it from the first step on (times 0 where it does not count yet)"
+            )
         kind = LossKind(loss.dtype, isinstance(result, tuple))
         if self.pairs and kind.pair != self.kind.pair:
             raise PipelineError(
