@@ -14,7 +14,7 @@ from torch import nn
 
 import nemo2
 from nemo2.pipeline import program
-from nemo2.sharding import actions, attention, collectives, materialise, reduce
+from nemo2.sharding import actions, collectives, materialise, reduce, ring
 from tests.models import GPT, VOCAB, Skip, counted, next_token, token_ids
 
 
@@ -97,7 +97,7 @@ def no_backward(x, layout, axis):
 
 
 def all_pairs(what, axis, rank, other, size):
-    yield attention._Pair(slice(0, size), slice(0, size), False, None)
+    yield ring._Pair(slice(0, size), slice(0, size), False, None)
 
 
 def all_losses(loss_fn, has_aux, copies, divisor):
@@ -187,7 +187,7 @@ BUGS = {
         tied,
     ),
     "queries that see keys after them": (
-        "nemo2.sharding.attention._pairs",
+        "nemo2.sharding.ring._pairs",
         all_pairs,
         {"cp": 2},
         tied,
