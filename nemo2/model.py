@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,33 +12,30 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _IncompatibleKeys
-from torch.utils.weak import WeakIdKeyDictionary
 
-from .errors import Nemo2Error, PipelineError
-from .host_random import host_state, host_state_kept, set_host_state
+from .draws import Draws
+from .errors import Nemo2Error
 from .limits import without_gradients
 from .mesh.groups import MeshGroups
-from .pipeline.absent import NeedsValueError
 from .pipeline.identity import flags, identity
+from .pipeline.losses import GlobalLosses, Losses
 from .pipeline.megatron import Chunk, Groups, run_schedule
-from .pipeline.microbatch import plan_batch, split_batch
-from .pipeline.program import KINDS, Losses, LossKind, Program
+from .pipeline.microbatch import split_batch
+from .pipeline.program import Program
 from .pipeline.results import from_last_stage
 from .pipeline.runner import StageRunner, Step
-from .pipeline.stages import block_of
 from .places import Place
-from .plan import Plan, StepPlan, plan_step
+from .plan import Plan, StepPlan
 from .planning import unfused_layers
 from .pytree import tree_flatten, tree_unflatten
 from .recurrent import follow_weights
 from .sharding.borrow import Loan, give_back, lent, make_loans
 from .sharding.data_parallel import DataParallelRun
-from .sharding.dropout import Forward, begin, drawing, seed_of
 from .sharding.fused import in_rank_order
 from .sharding.reduce import gradient, norm_of, reduce_gradients, scale_gradients
 from .sharding.state import copy_into, gather_buffers, gather_params, whole_if_fused
-from .sharding.storage import Storage, local_of, refuse_uses_outside
-from .skipping import SkipWatch
+from .sharding.storage import Storage, local_of
+from .step_plans import StepPlans
 
 
 class ParallelModel(nn.Module):
@@ -51,8 +45,7 @@ class ParallelModel(nn.Module):
         params: original name -> DTensor parameter, those of this rank's stage.
         plan: the frozen analysis, printable.
         mesh: the ``DeviceMesh``.
-        dealt: whether the samples of the global batch are dealt out to dp coordinates one by one
-            (as samplers do), instead of in parts; only dropout asks for their numbers.
+        draws: what its runs draw random numbers from.
     """
 
     runner: StageRunner
@@ -75,14 +68,13 @@ class ParallelModel(nn.Module):
         self.__dict__["runner"] = runner  # not a submodule: parameter names stay the original ones
         self.__dict__["managed"] = managed
         self.plan, self.mesh, self.groups, self.storage = plan, mesh, groups, storage
-        self.ties, self.seed, self.steps, self.dealt = ties, seed, 0, False
+        self.ties, self.draws = ties, Draws(plan, groups, runner, seed)
         self.__dict__["places"] = tuple(places)
         follow_weights(self.module)
         self._data_parallel = DataParallelRun(plan, runner, managed, storage, groups)
-        self._step_plans: OrderedDict[Any, tuple[StepPlan | None, bool]] = OrderedDict()
-        self._loss_kinds: Any = WeakIdKeyDictionary()  # of the steps of several stages
+        self._step_plans = StepPlans(runner, groups, managed, self.places, self.draws.warn)
+        self._losses = GlobalLosses(plan, groups)
         self._loans_made: dict[Any, list[Loan]] = {}
-        self._known_flags: tuple[bool, ...] | None = None  # of the module, while they stay the same
 
     # --- what nn.Module users expect, under original names
 
@@ -241,19 +233,19 @@ class ParallelModel(nn.Module):
         """
         self._check_parameters()
         self.storage.follow_freezing()
-        self._known_flags = flags(self.module)
+        self._step_plans.known_flags = flags(self.module)
         try:
             with self.storage.computing(), self._data_parallel.holding():
                 yield
         finally:
-            self._known_flags = None
+            self._step_plans.known_flags = None
 
     def plan_forward(self, step: Step, part: Any, *, key: Any, plan: Plan) -> StepPlan | None:
         """Return the plan of a forward on one microbatch; None where it needs none."""
         self.storage.follow_freezing()
         with torch.no_grad(), self.storage.computing(), unfused_layers():
             part = self._to_device(part)
-            return self._plan_for(step, part, key, plan, forward_only=True)[0]
+            return self._step_plans.find(step, part, key, plan)[0]
 
     def from_last_stage(self, value: Any) -> Any:
         """Return the last stage's ``value`` on every stage; tensors as values, without a graph.
@@ -314,17 +306,16 @@ class ParallelModel(nn.Module):
             )
         for entry in self.storage:
             entry.compute.grad = None
-        sizes, microbatches = self.groups.sizes, self.plan.options.pipeline.microbatches
-        number = microbatches * sizes.dp
-        losses = Losses(loss_fn, has_aux, sizes.cp, number if self._divides_means else 1)
+        losses = self._losses.begin(loss_fn, has_aux=has_aux)
+        microbatches = self.plan.options.pipeline.microbatches
         parts = [self._to_device(b) for b in split_batch(batch, microbatches)]
-        self.steps = self.steps + 1 if step is None else step
+        self.draws.steps = self.draws.steps + 1 if step is None else step
         with torch.enable_grad():
             self._schedule(losses, parts, forward_only=False, key=key or identity(loss_fn))
-        loss, scale = self._global_loss(losses, number)
         step_plan = self.runner.step_plan
+        loss, scale = self._losses.end(losses, step_plan, last=self.runner.last)
         partial = step_plan.partial if step_plan is not None else frozenset()
-        planned = step_plan is not None and step_plan.trace.complete and not self._alone
+        planned = step_plan is not None and step_plan.trace.complete and not self.plan.alone
         used = frozenset(step_plan.trace.param_uses) if step_plan is not None and planned else None
         reduce_gradients(self.storage, self.groups, partial, self.ties, used)
         give_back(self._loans(step_plan), self.storage, self.groups, partial)
@@ -358,19 +349,21 @@ class ParallelModel(nn.Module):
         self.storage.follow_freezing()
         with self.storage.computing(), ExitStack() as stack:
             stack.enter_context(unfused_layers())
-            step_plan, may_skip = self._plan_for(
-                step, parts[0], key, plan or self.plan, forward_only=forward_only
+            step_plan, may_skip = self._step_plans.find(
+                step,
+                parts[0],
+                key,
+                plan or self.plan,
+                step.check if isinstance(step, Losses) else None,
             )
             runner.use(step_plan)
             if not forward_only:
                 stack.enter_context(runner.recomputing())
             stack.enter_context(lent(self._loans(step_plan), self.places, self.storage, groups))
-            stack.enter_context(self._seeded())
+            begin = stack.enter_context(self.draws.run(parts))
             stack.enter_context(
                 self._data_parallel.running(may_skip=may_skip, forward_only=forward_only)
             )
-            alike = step_plan is not None and self._draws_alike(step_plan)
-            begin = partial(self._begin, _size_of(parts[0]), len(parts), {}, alike)
             chunks = [
                 Chunk(
                     Program(runner, stage, step, parts, forward_only, begin),
@@ -397,65 +390,6 @@ class ParallelModel(nn.Module):
             )
         return results[: len(parts)]
 
-    def _plan_for(
-        self, step: Step, batch: Any, key: Any, plan: Plan, *, forward_only: bool
-    ) -> tuple[StepPlan | None, bool]:
-        """Return the step's plan, made at the first call for these shapes, or None if not needed.
-
-        And whether dp ranks may skip blocks.
-        """
-        alone = _is_alone(plan)
-        switches = flags(self.module) if self._known_flags is None else self._known_flags
-        still: Any = None
-        if alone and not self.managed:
-            still = (key, switches, torch.is_grad_enabled())
-            trains = any(m.training for m in self.module.modules())
-            if not trains or still in self._step_plans:  # it draws nothing
-                return None, False
-        leaves, spec = tree_flatten(batch)
-        shapes = tuple(
-            (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else _hashable(x) for x in leaves
-        )
-        full = (key, spec, shapes, switches, torch.is_grad_enabled())
-        if full not in self._step_plans:
-            made, may_skip = self._plan_step(step, batch, plan)
-            if not forward_only and made is not None and made.trace.complete:
-                cast("Losses", step).check(made.trace.output)
-            if still and made is not None and not made.randomness.keyed:
-                full = still
-            if alone and made is not None and not made.randomness.keyed:
-                made = None
-            self._step_plans[full] = made, may_skip
-            while len(self._step_plans) > 64:
-                self._step_plans.popitem(last=False)
-        return self._step_plans[full]
-
-    def _plan_step(self, step: Step, batch: Any, plan: Plan) -> tuple[StepPlan | None, bool]:
-        """Plan a step; only one that is alone on its mesh may read values before its end."""
-        alone = _is_alone(plan)
-        blocks = [self.module.get_submodule(name) for name in self.plan.blocks]
-        with self.runner.as_written(self.managed), host_state_kept():
-            watch = SkipWatch(blocks)
-
-            def watched(module: nn.Module, given: Any) -> Any:
-                with watch:
-                    return step(module, given)
-
-            try:
-                made = plan_step(plan, self.module, watched, batch, self.places, self.groups.device)
-            except NeedsValueError:
-                if not alone:
-                    raise
-                return None, watch.may_skip
-            except Exception:  # if it is the user's, the run itself raises it
-                if not alone or self.managed:
-                    raise
-                return None, False
-        if self.managed:
-            refuse_uses_outside(made.trace, self.plan)
-        self._warn_of_draws(made)
-        return made, watch.may_skip
-
     def _loans(self, step_plan: StepPlan | None) -> list[Loan]:
         """Return the loans of a step, made once for each set of borrowed parameters."""
         if step_plan is None or not step_plan.borrowed:
@@ -466,139 +400,6 @@ class ParallelModel(nn.Module):
                 step_plan.borrowed, self.plan, self.places, self.groups
             )
         return self._loans_made[key]
-
-    @cached_property
-    def _divides_means(self) -> bool:
-        """Whether each mean is divided by the number of losses before its backward.
-
-        That spares a pass over the gradients. In 16 bits the number is rounded, so gradients in 16
-        bits are divided themselves.
-        """
-        return not any(p.dtype in (torch.bfloat16, torch.float16) for p in self.plan.params)
-
-    def _global_loss(self, losses: Losses, number: int) -> tuple[Tensor, Tensor | float | None]:
-        """Return the global mean loss, and what gradients are to be multiplied by, if anything.
-
-        Values stay on the device: that they are not read lets the host run ahead. The loss is NaN
-        if some dp ranks returned means and others pairs.
-
-        Args:
-            number: of losses in the global batch.
-
-        Communication: one all-reduce of five numbers over the world.
-        """
-        device = self.groups.device
-        if self.runner.last and self.groups.tp_rank == 0 and self.groups.cp_rank == 0:
-            totals = losses.totals(device)
-        else:
-            totals = torch.zeros(5, dtype=torch.float64, device=device)
-        if self.groups.sizes.world > 1:
-            dist.all_reduce(totals, group=self.groups.world)
-        total, count, kinds, pairs, ranks = totals.unbind()
-        kind = losses.kind if len(self.plan.stages) == 1 else self._kind_for(losses, kinds / ranks)
-        dtype = kind.dtype
-        if self.plan.options.precision is not None:  # a mean over much more than one value
-            dtype = torch.promote_types(dtype, torch.float32)
-        wrong = (count == 0) | ((pairs != 0) & (pairs != ranks))
-        loss = torch.where(wrong, torch.nan, total / count).to(dtype)
-        if kind.pair:
-            return loss, torch.where(count == 0, 0.0, 1 / count)
-        return loss, None if self._divides_means else 1 / number
-
-    def _kind_for(self, losses: Losses, kinds: Tensor) -> LossKind:
-        """Return the kind of a step's losses, which only the last stage sees; others ask once.
-
-        Raises: PipelineError on the last stage when it is not what it was.
-        """
-        step_plan = self.runner.step_plan
-        assert step_plan is not None
-        if step_plan not in self._loss_kinds:
-            self._loss_kinds[step_plan] = KINDS[round(float(kinds))]
-        known: LossKind = self._loss_kinds[step_plan]
-        if self.runner.last and losses.kind.pair != known.pair:
-            says = ("a mean", "(sum, count)")
-            raise PipelineError(
-                f"loss_fn returned {says[losses.kind.pair]}, and {says[known.pair]} in an earlier"
-                " step like this one, by which the other stages go\n"
-                "  options: (sum, count) in all steps | a mean in all steps"
-            )
-        return known
-
-    @property
-    def _alone(self) -> bool:
-        return _is_alone(self.plan)
-
-    @contextmanager
-    def _seeded(self) -> Iterator[None]:
-        """Keep the user's generators as they are; each microbatch draws from its own seed."""
-        devices = [self.groups.device] if self.groups.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), drawing():
-            yield
-
-    def seed_for(self, stage: int, microbatch: int) -> int:
-        """Return the seed of torch's generators, for what is not keyed dropout."""
-        return seed_of(self.seed, self.steps, (self.groups.dp_rank, stage, microbatch))
-
-    def _begin(
-        self,
-        size: int,
-        count: int,
-        begun: dict[int, Any],
-        alike: bool,
-        stage: int,
-        microbatch: int,
-    ) -> Forward | None:
-        """Start the random numbers of one forward, of one of ``count`` microbatches of ``size``.
-
-        Args:
-            begun: microbatch -> the states of Python's and NumPy's generators when this rank began
-                it: its other stages draw the same.
-            alike: whether all stages draw the same numbers.
-        """
-        if len(self.runner.stages) > 1:
-            if microbatch in begun:
-                set_host_state(begun[microbatch])
-            else:
-                begun[microbatch] = host_state()
-        plan = self.runner.step_plan
-        if not self.module.training and (plan is None or not plan.randomness.keyed):
-            return None
-        dp_rank, dp = self.groups.dp_rank, self.groups.sizes.dp
-        first, stride = (dp_rank * count + microbatch) * size, 1
-        if self.dealt:
-            first, stride = microbatch * size * dp + dp_rank, dp
-        coordinates = (dp_rank, 0 if alike else stage, microbatch)
-        return begin(self.seed, self.steps, coordinates, first, stride)
-
-    def _draws_alike(self, plan: StepPlan) -> bool:
-        """Say whether all stages draw the same numbers, as code outside of blocks needs them.
-
-        A step's noise goes into the model on the first stage and into the loss on the last. Not
-        where blocks draw as well, which would draw the same on all stages; nor where a rank must
-        tell the forwards of its stages apart by their seeds, to run parts of them again.
-        """
-        if len(self.plan.stages) == 1 or not plan.randomness.own:
-            return False
-        outside = self._drawn_outside(plan)
-        again = len(self.runner.stages) > 1 and self.plan.options.remat is not None
-        return len(outside) == len(plan.randomness.own) and not again
-
-    def _drawn_outside(self, plan: StepPlan) -> list[str]:
-        """Return the calls outside of blocks that draw numbers without positions."""
-        blocks = self.plan.blocks
-        own = plan.randomness.own
-        return [call for module, call, _ in own if block_of(module, blocks) is None]
-
-    def _warn_of_draws(self, plan: StepPlan) -> None:
-        outside = self._drawn_outside(plan)
-        if len(self.plan.stages) > 1 and outside and not self._draws_alike(plan):
-            warnings.warn(
-                f"the step draws random numbers outside of blocks ({outside[0]}), and stages draw"
-                " different ones, as blocks draw some of their own or run again: right for what"
-                " one stage alone uses\n"
-                "  options: draw them where the batch is made | in a block",
-                stacklevel=2,
-            )
 
     def _to_device(self, batch: Any) -> Any:
         device = self.groups.device
@@ -618,24 +419,3 @@ class ParallelModel(nn.Module):
                 "  options: nemo2.value_and_grad(loss_fn, model)(model.params, batch) | nemo2.grad"
             )
         self.storage.check_places(self)
-
-
-def _is_alone(plan: Plan) -> bool:
-    """Say whether one rank holds the whole model, and its code may take any path."""
-    return plan.sizes.tp == plan.sizes.pp == plan.sizes.cp == 1
-
-
-def _size_of(batch: Any) -> int:
-    """Return the number of samples; 0 for a batch that names none, where nothing asks for it."""
-    try:
-        return plan_batch(batch, 1).size
-    except PipelineError:
-        return 0
-
-
-def _hashable(x: Any) -> Any:
-    try:
-        hash(x)
-    except TypeError:
-        return repr(x)
-    return x

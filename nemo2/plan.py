@@ -133,6 +133,11 @@ class Plan:
 
         return tables(self)
 
+    @property
+    def alone(self) -> bool:
+        """Whether one rank holds the whole model, whose code may then take any path."""
+        return self.sizes.tp == self.sizes.pp == self.sizes.cp == 1
+
     @cached_property
     def whole(self) -> Plan:
         """This plan for steps on whole sequences: ``cp`` coordinates run batches of their own."""

@@ -25,8 +25,8 @@ from .limits import check_module
 from .mesh import MeshSizes, make_mesh
 from .options import Options
 from .parallelize import parallelize
+from .pipeline.losses import checked_loss
 from .pipeline.microbatch import split_batch
-from .pipeline.program import checked_loss
 from .pytree import tree_map
 from .randomness import Randomness
 from .sharding.annotate import annotate
@@ -358,7 +358,7 @@ def _step_on_one(
     precision = parallel.plan.options.precision
     one = parallelize(model, mesh, data_parallel="ddp", precision=precision)
     one.train(model.training)
-    one.seed = parallel.seed
+    one.draws.seed = parallel.draws.seed
     loss, found = value_and_grad(loss_fn, one)(one.params, batch, step=1)
     grads = {n: g.to_local() for n, g in found.items()}
     for name, param in model.named_parameters():

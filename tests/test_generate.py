@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import nemo2
-from nemo2 import Nemo2Error, generate
+from nemo2 import Nemo2Error, generate, step_plans
 from nemo2.inference import KVCache
 from nemo2.inference.request import Request
 from nemo2.inference.sampling import Sampling, uniform
@@ -182,7 +182,7 @@ def parts_and_costs() -> dict[str, Any]:
         return module(ids, cache=cache)
 
     said: dict[str, Any] = {}
-    with mock.patch("nemo2.model.plan_step", wraps=nemo2.model.plan_step) as planned:
+    with mock.patch.object(step_plans, "plan_step", wraps=step_plans.plan_step) as planned:
         said["tokens"] = lists(generate(model, PROMPTS, max_new_tokens=12, step=step))
         said["plans"] = planned.call_count
         generate(model, [[1, 2, 3, 4, 5, 6]] * 5, max_new_tokens=16, step=step)

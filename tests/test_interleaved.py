@@ -240,7 +240,7 @@ def test_recomputation_sees_its_microbatch_and_its_random_numbers(pool):
 def seeds(device: str) -> list[int]:
     mesh = nemo2.make_mesh(pp=2, device=device)
     parallel = nemo2.parallelize(GPT(4), mesh, pipeline=TWO)
-    return [parallel.seed_for(s.index, m) for s in parallel.runner.stages for m in range(4)]
+    return [parallel.draws.seed_for(s.index, m) for s in parallel.runner.stages for m in range(4)]
 
 
 def test_each_stage_and_microbatch_draws_its_own_numbers(pool):

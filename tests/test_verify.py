@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import nemo2
-from nemo2.pipeline import program
+from nemo2.pipeline import losses
 from nemo2.sharding import actions, collectives, materialise, reduce, ring
 from tests.models import GPT, VOCAB, Skip, counted, next_token, token_ids
 
@@ -101,17 +101,18 @@ def all_pairs(what, axis, rank, other, size):
 
 
 def all_losses(loss_fn, has_aux, copies, divisor):
-    return program.Losses(loss_fn, has_aux, divisor=divisor)
+    return LOSSES(loss_fn, has_aux, divisor=divisor)
 
 
 def of_one_rank(loss_fn, has_aux, copies, divisor):
-    return program.Losses(loss_fn, has_aux, copies, divisor // 2)
+    return LOSSES(loss_fn, has_aux, copies, divisor // 2)
 
 
 def wrong_half(x, dim, axis):
     return TAKE(x, dim, dataclasses.replace(axis, rank=0))
 
 
+LOSSES = losses.Losses
 SUM_TOGETHER = reduce.all_reduce_together
 ALL_REDUCE, TP_PART, SCALE = collectives.all_reduce, materialise._tp_part, reduce.scale_gradients
 TAKE, WHOLE = collectives.take, {"sequence_parallel": False}
@@ -132,7 +133,7 @@ BUGS = {
         tied,
         WHOLE,
     ),
-    "a wrong scale of means": ("nemo2.model.Losses", of_one_rank, {"dp": 2}, tied),
+    "a wrong scale of means": ("nemo2.pipeline.losses.Losses", of_one_rank, {"dp": 2}, tied),
     "a wrong scale of sums": (
         "nemo2.model.scale_gradients",
         scaled,
@@ -205,7 +206,7 @@ BUGS = {
         tied,
     ),
     "a loss that counts once for each part of the sequence": (
-        "nemo2.model.Losses",
+        "nemo2.pipeline.losses.Losses",
         all_losses,
         {"cp": 2},
         tied,

@@ -84,7 +84,8 @@ def load_training(
     if resume:
         set_generator_states(own["generators"], device_of(target))
         if target.parallel is not None and index.run:
-            target.parallel.seed, target.parallel.steps = index.run["seed"], index.run["steps"]
+            draws = target.parallel.draws
+            draws.seed, draws.steps = index.run["seed"], index.run["steps"]
     extra = decode(index.extra)
     put_in(extra, plan.beside)
     loaded = Loaded(tuple(plan.missing), tuple(plan.unexpected), extra)

@@ -160,4 +160,4 @@ def _same_token(token: str, groups: MeshGroups | None) -> str:
 
 def _run(target: Target) -> dict[str, int]:
     model = target.parallel
-    return {} if model is None else {"seed": model.seed, "steps": model.steps}
+    return {} if model is None else {"seed": model.draws.seed, "steps": model.draws.steps}

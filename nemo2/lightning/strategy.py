@@ -261,7 +261,7 @@ class MegatronStrategy(ParallelStrategy):
         precision = "bf16" if isinstance(self.precision_plugin, Bf16Masters) else None
         options = {**self.options, "precision": precision}
         parallel = parallelize(module, self.mesh, inplace=True, **options)
-        parallel.dealt = True  # by MeshSampler, or torch's DistributedSampler
+        parallel.draws.dealt = True  # by MeshSampler, or torch's DistributedSampler
         for sub in module.modules():
             if isinstance(sub, Metric):
                 sub.to(self.root_device)
