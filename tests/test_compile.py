@@ -108,6 +108,25 @@ def test_code_that_converts_tensors(pool):
         assert "layers.*  2      compiled" in text
 
 
+def first_steps(remat, device):
+    """Return the losses of two steps, and how blocks run."""
+    torch.manual_seed(0)
+    mesh = nemo2.make_mesh(dp=2, device=device)
+    model = nemo2.parallelize(GPT(layers=2), mesh, compile="aot_eager", remat=remat)
+    losses = [float(model.backward(next_token, token_ids(4)).detach()) for _ in range(2)]
+    return losses, nemo2.explain(model)
+
+
+def test_a_block_is_traced_outside_of_its_checkpoint(pool):
+    for (losses, text), (want, _) in zip(
+        pool.run(2, first_steps, "full", pool.device),
+        pool.run(2, first_steps, None, pool.device),
+        strict=True,
+    ):
+        assert losses == pytest.approx(want, rel=1e-6)
+        assert "layers.*  2      compiled" in text
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor(pool):
     """The compiled block equals one device to 1e-12 in float64."""

@@ -9,7 +9,8 @@ its modules hold (checked once a step).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +95,8 @@ class CompiledBlock:
         key = (spec, _key(leaves), _key(held), _switches(held))
         variant = self._variants.get(key)
         if variant is None:
-            variant = self._variants[key] = self._make(leaves, spec, held)
+            with _nothing_saved():
+                variant = self._variants[key] = self._make(leaves, spec, held)
         if variant.run is None:
             return self.forward(*args, **kwargs)
         rehearsal = variant.rehearsal
@@ -139,6 +141,20 @@ class CompiledBlock:
             text = f"compile: block '{self.name}' (and any like it) runs eagerly, as {why}"
             warnings.warn(text, UserWarning, stacklevel=2)
         return _Variant(None, why=f"eager, as {why}")
+
+
+@contextmanager
+def _nothing_saved() -> Iterator[None]:
+    """Leave the hooks for saved tensors of a checkpoint around: it must not see what is traced."""
+    hooks, found = torch._C._autograd, []
+    while (top := hooks._top_saved_tensors_default_hooks(False)) is not None:
+        found.append(top)
+        hooks._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(found):
+            hooks._push_saved_tensors_default_hooks(pack, unpack)
 
 
 def _key(leaves: Sequence[Any]) -> tuple[Any, ...]:
