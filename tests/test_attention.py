@@ -77,16 +77,18 @@ def test_methods_equal_one_device(pool, world):
         assert all(error < 1e-12 for error in found.values()), found
 
 
-def in_half_precision(kernel, device):
+def in_half_precision(kernel, size, device):
     kinds = [SDPBackend.MATH, getattr(SDPBackend, kernel)]
     with sdpa_kernel(kinds) if device == "cuda" else nullcontext():
-        return all_compared(("ring", "all_gather"), 512, torch.bfloat16, device, 64)
+        return all_compared(("ring", "all_gather"), 512, torch.bfloat16, device, size)
 
 
-@pytest.mark.parametrize("kernel", ["FLASH_ATTENTION", "CUDNN_ATTENTION"])
-def test_half_precision_kernels(pool, kernel):
+@pytest.mark.parametrize(
+    ("kernel", "size"), [("FLASH_ATTENTION", 64), ("FLASH_ATTENTION", 20), ("CUDNN_ATTENTION", 64)]
+)
+def test_half_precision_kernels(pool, kernel, size):
     """bfloat16: on CUDA a fused kernel for what has no dense mask."""
-    for found in pool.run(2, in_half_precision, kernel, pool.device):
+    for found in pool.run(2, in_half_precision, kernel, size, pool.device):
         assert all(error < 2e-2 for error in found.values()), found
 
 
@@ -107,6 +109,34 @@ class OnlySquares:
         assert not rest[3] or q.shape == k.shape
         assert lse.shape == (*q.shape[:-1], 1)
         return kernels._plain_backward(grad, q, k, v, out, lse.squeeze(-1), None, rest[3], scale)
+
+
+class OnlyEights:
+    """Torch's flash operator in plain torch: sizes of heads are multiples of eight."""
+
+    def _scaled_dot_product_flash_attention(self, q, k, v, dropout, causal, *, scale):
+        assert not q.shape[-1] % 8
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+        return kernels._plain(q, k, v, None, causal, scale)
+
+    def _scaled_dot_product_flash_attention_backward(
+        self, grad, q, k, v, out, lse, a, b, rows, columns, dropout, causal, seed, offset, *, scale
+    ):
+        assert {x.shape[-1] for x in (grad, q, k, v, out)} == {q.shape[-1]}
+        assert not q.shape[-1] % 8
+        return kernels._plain_backward(grad, q, k, v, out, lse, None, causal, scale)
+
+
+@pytest.mark.parametrize("d", [8, 20])
+def test_heads_of_any_size_fit_the_flash_operator(monkeypatch, d):
+    q, k, v, grad = (x.float() for x in make(12, torch.float64, "cpu", d=d))
+    want = kernels.forward(q, k, v, None, True, None)
+    grads = kernels.backward(grad, q, k, v, *want, None, True, None)
+    monkeypatch.setattr(kernels, "fused", lambda *_: "flash")
+    monkeypatch.setattr(kernels, "_aten", OnlyEights())
+    got = kernels.forward(q, k, v, None, True, None)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(kernels.backward(grad, q, k, v, *got, None, True, None), grads)
 
 
 def test_a_kernel_that_masks_only_squares_gives_the_last_rows_of_a_sequence(monkeypatch):

@@ -51,7 +51,7 @@ def _gather_and_multiply(graph: Graph, wait: Node, start: Node) -> None:
         return
     matrices = dict(_matrices(wait))
     products = [p for rows in matrices for p in rows.users if p.target in (_MM, _ADDMM)]
-    products = [p for p in products if p.args[-2] in matrices]
+    products = [p for p in products if p.args[-2] in matrices and not p.kwargs]  # alpha, beta
     with graph.inserting_before(start):
         weights = {p: w for p in products if (w := _again(graph, p.args[-1])) is not None}
         if not weights:

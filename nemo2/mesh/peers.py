@@ -46,6 +46,6 @@ def _why_not(groups: MeshGroups) -> str:
     try:
         with torch.cuda.device(groups.device):
             symmetric.get_symm_mem_workspace(groups.tp.group_name, 1)
-    except RuntimeError as error:
-        return next(iter(str(error).splitlines()), "RuntimeError")
+    except Exception as error:
+        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     return ""

@@ -394,9 +394,9 @@ _CONVERSIONS = (*_CASTS, "bool", "byte", "char", "int", "long", "cpu", "cuda")
 
 
 def _alike(planned: str, name: str) -> bool:
-    if planned == name:
+    if planned == name or (planned in _CASTS and name in _CASTS):
         return True
-    return (planned in _CASTS and name in _CASTS) or (planned in _CONVERSIONS and name == "to")
+    return planned in _CONVERSIONS and name == "to" and tracing.current() is not None
 
 
 class Keyed(Emulate):

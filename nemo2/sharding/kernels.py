@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
@@ -40,8 +41,11 @@ def forward(
     """
     kernel, before = fused(q, k, v, mask), k.shape[-2] - q.shape[-2]
     if kernel == "flash":
-        made = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
-        return made[0], made[1]
+        padded = (_in_eights(x) for x in (q, k, v))
+        made = _aten._scaled_dot_product_flash_attention(
+            *padded, 0.0, causal, scale=_scale(q, scale)
+        )
+        return made[0][..., : v.shape[-1]], made[1]
     if kernel is None:
         return _plain(q, k, v, mask, causal, scale)
     if causal and before:  # its causal mask starts at the upper left
@@ -87,9 +91,11 @@ def backward(
     state = torch.zeros((), dtype=kind, device=q.device)
     sizes = (None, None, q.shape[-2], k.shape[-2])
     if kernel == "flash":
-        grads = _aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, out, lse.contiguous(), *sizes, 0.0, causal, state, state, scale=scale
+        padded = (_in_eights(x) for x in (grad, q, k, v, out))
+        made = _aten._scaled_dot_product_flash_attention_backward(
+            *padded, lse.contiguous(), *sizes, 0.0, causal, state, state, scale=_scale(q, scale)
         )
+        grads = [x[..., : y.shape[-1]] for x, y in zip(made, (q, k, v), strict=True)]
     else:
         lse = lse.contiguous().unsqueeze(-1)
         grads = _aten._scaled_dot_product_cudnn_attention_backward(
@@ -121,6 +127,11 @@ def as_many_heads(x: Tensor, q: Tensor) -> Tensor:
     if x.ndim < 3 or x.shape[-3] == q.shape[-3]:
         return x
     return x.repeat_interleave(q.shape[-3] // x.shape[-3], -3)
+
+
+def _in_eights(x: Tensor) -> Tensor:
+    """Return ``x`` with zeros after its last dim: torch's operator takes multiples of eight."""
+    return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
 
 
 def _rows(x: Tensor, start: int, stop: int | None = None) -> Tensor:
