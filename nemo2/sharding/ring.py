@@ -44,7 +44,9 @@ def ring_forward(
     kind = torch.promote_types(q.dtype, torch.float32)
     out = kernels.result_for(q, v, kind)
     lse = q.new_empty(q.shape[:-1], dtype=kind)
-    empty = True
+    if what.mask is not None:  # else the first pair, of this rank's own parts, has all rows
+        out.zero_()
+        lse.fill_(-math.inf)
     moving = _packed(k, v)
     for turn in range(axis.degree):
         other = (axis.rank - turn) % axis.degree
@@ -59,15 +61,11 @@ def ring_forward(
                 pair.causal,
                 what.scale,
             )
-            if empty and part.shape == out.shape:
+            if what.mask is None and turn == 0:
                 out.copy_(part)
                 lse.copy_(part_lse)
             else:
-                if empty:
-                    out.zero_()
-                    lse.fill_(-math.inf)
                 kernels.merge(_rows(out, pair.rows), lse[..., pair.rows], part, part_lse)
-            empty = False
         moving = coming.wait() if coming is not None else moving
     return out.to(q.dtype), lse
 
