@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 from torch.utils._ordered_set import OrderedSet
 
 from . import pipelined
+from .pipelined import shape_of
 
 _aten: Any = torch.ops.aten
 _c10d: Any = torch.ops._c10d_functional
@@ -100,15 +101,11 @@ def _given(nodes: list[Node]) -> list[Node]:
 
 def _operations(product: Node) -> float:
     left, right = product.args[-2:]
-    return 2.0 * prod(_shape(left)) * _shape(right)[-1]
+    return 2.0 * prod(shape_of(left)) * shape_of(right)[-1]
 
 
 def _operations_meanwhile(start: Node) -> float:
     """Return how many operations of a product take as long as a collective."""
-    larger = max((start, start.args[0]), key=lambda node: prod(_shape(node)))
-    size = prod(_shape(larger)) * larger.meta["val"].dtype.itemsize  # type: ignore[union-attr]
+    larger = max((start, start.args[0]), key=lambda node: prod(shape_of(node)))
+    size = prod(shape_of(larger)) * larger.meta["val"].dtype.itemsize  # type: ignore[union-attr]
     return float(size) * _PASSES[start.target] * _OPERATIONS_A_BYTE
-
-
-def _shape(node: Any) -> tuple[int, ...]:
-    return tuple(node.meta["val"].shape)

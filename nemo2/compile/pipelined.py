@@ -47,7 +47,7 @@ def pipeline_collectives(graph: Graph, waits: Iterable[Node], group: str) -> Non
 def _gather_and_multiply(graph: Graph, wait: Node, start: Node) -> None:
     """Replace a gather of (s / n, ..., w) along s, and products of its rows with weights."""
     shard: Any = start.args[0]
-    if len(_shape(shard)) < 2:
+    if len(shape_of(shard)) < 2:
         return
     matrices = dict(_matrices(wait))
     products = [p for rows in matrices for p in rows.users if p.target in (_MM, _ADDMM)]
@@ -65,7 +65,7 @@ def _gather_and_multiply(graph: Graph, wait: Node, start: Node) -> None:
         with graph.inserting_before(product):
             order = matrices[product.args[-2]]  # type: ignore[index]
             rows = _add(graph, _aten.permute.default, out, order) if order else out
-            rows = _add(graph, _aten.reshape.default, rows, list(_shape(product)))
+            rows = _add(graph, _aten.reshape.default, rows, list(shape_of(product)))
             if product.target == _ADDMM:
                 rows = _add(graph, _aten.add.Tensor, rows, product.args[0])
         product.replace_all_uses_with(rows)
@@ -84,17 +84,17 @@ def _multiply_and_scatter(graph: Graph, wait: Node, start: Node) -> None:
     if chain[-1].target == _aten.permute.default:
         order = list(chain[-1].args[1])
         chain.append(chain[-1].args[0])
-    shape = _shape(chain[-1])  # of what the product's rows stand for
+    shape = shape_of(chain[-1])  # of what the product's rows stand for
     if chain[-1].target in _RESHAPES:
         chain.append(chain[-1].args[0])
     product = chain[-1]
-    if product.target != _MM or _shape(product) != (prod(shape[:-1]), shape[-1]):
+    if product.target != _MM or shape_of(product) != (prod(shape[:-1]), shape[-1]):
         return
     if any(len(n.users) > 1 for n in chain) or (order and order[-1] != len(order) - 1):
         return
     left, right = product.args
     with graph.inserting_before(wait):
-        left = _add(graph, _aten.reshape.default, left, [*shape[:-1], _shape(left)[-1]])
+        left = _add(graph, _aten.reshape.default, left, [*shape[:-1], shape_of(left)[-1]])
         left = _add(graph, _aten.permute.default, left, order) if order else left
         call = (left, right, "sum", 0, start.args[3])
         made = _add(graph, _symmetric.fused_matmul_reduce_scatter.default, *call)
@@ -106,11 +106,13 @@ def _multiply_and_scatter(graph: Graph, wait: Node, start: Node) -> None:
 def _matrices(wait: Node) -> Iterator[tuple[Node, list[int] | None]]:
     """Yield the matrices of rows of what was gathered, and how its dims were ordered before."""
     found: list[tuple[Node, list[int] | None]] = [(wait, None)]
+    if len(shape_of(wait)) == 2:
+        yield wait, None
     for node, order in found:
-        *batch, width = _shape(node)
-        for user in [node, *node.users] if node is wait else node.users:
-            if user.target in _RESHAPES or user is wait:
-                if _shape(user) == (prod(batch), width):
+        *batch, width = shape_of(node)
+        for user in node.users:
+            if user.target in _RESHAPES:
+                if shape_of(user) == (prod(batch), width):
                     yield user, order
             elif user.target in _CLONES:
                 found.append((user, order))
@@ -139,5 +141,6 @@ def _add(graph: Graph, target: Any, *args: Any) -> Node:
     return node
 
 
-def _shape(node: Any) -> tuple[int, ...]:
+def shape_of(node: Any) -> tuple[int, ...]:
+    """Return the shape of the value of a node of a graph."""
     return tuple(node.meta["val"].shape)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 
-def turns(rank: int, pp: int, chunks: int, microbatches: int) -> list[tuple[bool, int, int]]:
+@lru_cache(maxsize=256)
+def turns(rank: int, pp: int, chunks: int, microbatches: int) -> Sequence[tuple[bool, int, int]]:
     """Return what a rank runs in turn under interleaved 1F1B: (forward or not, chunk, microbatch).
 
     Microbatches go through a chunk in groups of ``pp``, which must divide them.
