@@ -39,6 +39,7 @@ class Row:
     async_tp: bool = False
     eager: bool = False
     reshard: bool = False
+    alone: bool = False
 
     @property
     def name(self) -> str:
@@ -48,10 +49,11 @@ class Row:
         parts += ["async tp"] if self.async_tp else []
         parts += ["eager"] if self.eager else []
         parts += ["reshard"] if self.reshard else []
+        parts += ["rank 0 alone"] if self.alone else []
         return ", ".join(parts)
 
     def command(self, peer: str, steps: int) -> list[str]:
-        world = MeshSizes.of(self.mesh).world
+        world = 1 if self.alone else MeshSizes.of(self.mesh).world
         run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
         given = {
             "shape": self.shape,
@@ -63,7 +65,7 @@ class Row:
             "steps": steps,
         }
         flags = [f"--{name}={value}" for name, value in given.items()]
-        switches = ("async_tp", "eager", "reshard")
+        switches = ("async_tp", "eager", "reshard", "alone")
         flags += [f"--{name.replace('_', '-')}" for name in switches if getattr(self, name)]
         flags += ["--profile"] if torch.cuda.device_count() >= world else []
         return [*run, "-m", "benchmarks.train", *flags]
@@ -94,8 +96,16 @@ ONE = [
     Row("8b4l", "dp=1", "cudnn"),
     Row("8b4l", "dp=1", eager=True),
 ]
+ALONE = [  # what one rank of four computes, where four are not at hand
+    Row("8b16l", "dp=4", "cudnn", alone=True),
+    Row("8b16l", "tp=4", alone=True),
+    Row("8b16l", "dp=2,tp=2", alone=True),
+    Row("1b", "dp=4", alone=True),
+    Row("8b16l long", "cp=4", context="all_gather", alone=True),
+]
 TABLES = {
     "one": ONE,
+    "alone": ALONE,
     "four": FOUR,
     "two": TWO,
     "cpu": [Row("tiny", "tp=2", "any", eager=True), Row("tiny", "pp=2", "any", eager=True)],

@@ -2,7 +2,8 @@
 
 ``torchrun --nproc-per-node 4 -m benchmarks.train --shape 8b16l --mesh tp=2,pp=2 --peer nemo2``.
 A ratio of two peers counts only when both ran in one go on one machine: ``benchmarks.performance``
-does that for whole tables.
+does that for whole tables. With ``--alone`` rank 0 of the mesh runs on one device and its collectives
+return at once: what that rank computes, holds and waits for its host, and no losses.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--async-tp", action="store_true", help="nemo2's Compile(async_tp=True)")
     parser.add_argument("--eager", action="store_true", help="do not compile blocks")
     parser.add_argument("--reshard", action="store_true", help="free gathered parameters")
+    parser.add_argument("--alone", action="store_true", help="rank 0, without communication")
     parser.add_argument("--steps", type=int, default=5, help="measured, after two")
     parser.add_argument("--profile", action="store_true", help="one more step, attributed")
     parser.add_argument("--losses", type=int, default=0, help="steps whose losses are recorded")
@@ -57,7 +59,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Return the row of one peer; called on all ranks of a process group."""
-    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= dist.get_world_size()
+    ranks = 1 if args.alone else dist.get_world_size()
+    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= ranks
     index = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", index) if cuda else torch.device("cpu")
     if cuda:
@@ -94,7 +97,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             _synchronize(device)
             times.append(time.perf_counter() - start)
             losses.append(float(loss.detach()))
-        profiled = profile(partial(step, ids)) if args.profile else {}
+        profiled = profile(partial(step, ids), ranks) if args.profile else {}
     seconds = statistics.median(times[2:])
     used = torch.tensor([memory(device)], device=device)
     dist.all_reduce(used, op=dist.ReduceOp.MAX)
@@ -108,6 +111,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "virtual_stages": args.virtual_stages,
         "context": args.context,
         "async_tp": args.async_tp,
+        "alone": args.alone,
         "compiled": not args.eager,
         "reshard": args.reshard,
         "ms": round(1e3 * seconds, 2),
@@ -117,18 +121,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "peak_gib": round(float(used) / 2**30, 2),
         "build_s": round(built, 1),
         "first_step_s": round(times[0], 1),
-        "losses": [round(x, 5) for x in losses[: max(args.losses, 3)]],
+        "losses": [] if args.alone else [round(x, 5) for x in losses[: max(args.losses, 3)]],
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         **profiled,
     }
 
 
-def profile(step: Callable[[], object]) -> dict[str, Any]:
+def profile(step: Callable[[], object], ranks: int) -> dict[str, Any]:
     """Return where the time of one step goes, rank by rank; rank 0 says which kernels take most."""
     kernels, wall = traced(step)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, attribute(kernels, wall))
+    del everyone[ranks:]
     if dist.get_rank() == 0:
         print("\n".join(longest(kernels)), file=sys.stderr, flush=True)
     return {"milliseconds": everyone}
@@ -171,10 +176,24 @@ def _one_dtype(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def pretend(world: int) -> None:
+    """Make a process group whose other ranks do not exist: they all have what this one has."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    def all_gather_object(found: list[Any], own: Any, group: object = None) -> None:
+        found[:] = [own] * len(found)
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    dist.all_gather_object = all_gather_object
+
+
 def main(given: Sequence[str] | None = None) -> None:
     args = arguments(given)
     gpus = torch.cuda.is_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    if args.alone:
+        pretend(MeshSizes.of(args.mesh).world)
+    else:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     row = measure(args)
     if dist.get_rank() == 0:
         print(json.dumps(row), flush=True)
