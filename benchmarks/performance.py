@@ -98,9 +98,9 @@ ONE = [
 ]
 ALONE = [  # what one rank of four computes, where four are not at hand
     Row("8b16l", "dp=4", "cudnn", alone=True),
-    Row("8b16l", "tp=4", alone=True),
-    Row("8b16l", "dp=2,tp=2", alone=True),
     Row("1b", "dp=4", alone=True),
+    Row("8b16l", "dp=2,tp=2", alone=True),
+    Row("8b16l", "tp=4", alone=True),
     Row("8b16l long", "cp=4", context="all_gather", alone=True),
 ]
 TABLES = {

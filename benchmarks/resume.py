@@ -126,6 +126,7 @@ def live(args: argparse.Namespace) -> None:
         strategy=nemo2.MegatronStrategy(
             **dict(sizes.items()),
             pipeline=nemo2.Pipeline(microbatches=shape.batch // sizes.dp),
+            compile=args.compile,
             asynchronous_save=True,
         ),
         precision="bf16-mixed" if cuda else "32-true",
@@ -155,6 +156,7 @@ def run(args: argparse.Namespace, mesh: str, kill: int | None) -> tuple[list[dic
     command += ["--standalone", "-m", "benchmarks.resume", "--life", f"--mesh={mesh}"]
     command += [f"--{name}={getattr(args, name)}" for name in ("shape", "steps", "every")]
     command += [f"--folder={args.folder}", f"--tokens={args.tokens}"]
+    command += ["--compile"] if args.compile else []
     began, killed = time.time(), 0.0
     with log.open("w") as opened:
         process = subprocess.Popen(command, stdout=opened, stderr=opened)
@@ -221,6 +223,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kill", type=int, default=27, help="step after which a rank is killed")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--folder", type=Path, help="of checkpoints; temporary by default")
+    parser.add_argument("--compile", action="store_true", help="the blocks")
     parser.add_argument("--life", action="store_true", help="be a rank, under torchrun")
     parser.add_argument("--mesh", help="of this life")
     return parser.parse_args(given)
