@@ -166,7 +166,8 @@ def report(results: Sequence[dict[str, Any]]) -> str:
         "Written by `python -m benchmarks.performance`. All peers of a row ran in one go on one"
         " machine; MFU counts the operations of forward and backward (causal attention half, no"
         " recomputation) against the matrix product that this machine reached in the same run."
-        " Losses are those of the first steps from the same weights.",
+        " Losses are those of the first steps from the same weights. *Rank 0 alone* has no"
+        " communication: collectives return at once, so it tells what one rank computes, no speed.",
         "",
         "| shape, mesh | peer | ms a step | tokens/s/device | MFU | peak GiB | first step s"
         " | losses | on |",
@@ -240,7 +241,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    done = [r for r in results if "ms" in r]
+    done = [r for r in results if "ms" in r and not r.get("alone")]
     rows = list(dict.fromkeys(r["row"] for r in done))
     figure, axes = plt.subplots(figsize=(8, 1 + 0.6 * len(rows)))
     for i, peer in enumerate(PEERS):
