@@ -14,7 +14,7 @@ def rows(mesh, options, peers=PEERS):
     """Measure peers, as torchrun's ranks would."""
     from megatron.core import parallel_state
 
-    given = ["--shape", "tiny", "--mesh", mesh, "--steps", "1", "--losses", "4", *options]
+    given = ["--shape", "tiny", "--mesh", mesh, "--steps", "1", "--losses", "20", *options]
     try:
         return [measure(arguments([*given, "--peer", peer])) for peer in peers]
     finally:
@@ -30,7 +30,7 @@ def test_peers_have_the_same_losses(pool, mesh, options):
     ours, *others = results[0]
     for theirs in others:
         assert ours["losses"] == pytest.approx(theirs["losses"], abs=2e-5)
-    assert ours["losses"][0] != ours["losses"][3]
+    assert len(set(ours["losses"])) == 20
     assert ours["mfu"] > 0
     assert ours["peak_gib"] > 0
 
@@ -40,7 +40,17 @@ def test_context_parallelism_by_hand_has_the_same_losses(pool):
         pool.run(1, rows, "cp=2", ["--eager"], ["megatron"])
     ours, theirs = pool.run(4, rows, "dp=2,cp=2", ["--eager"], ["nemo2", "torch"])[0]
     assert ours["losses"] == pytest.approx(theirs["losses"], abs=2e-5)
-    assert ours["losses"][0] != ours["losses"][3]
+    assert len(set(ours["losses"])) == 20
+
+
+def test_a_rank_runs_alone():
+    row = performance.Row("tiny", "dp=2,tp=2", "any", eager=True, alone=True)
+    made = performance.run_row(row, ["nemo2", "torch"], 1, 120)
+    assert [(x["peer"], x["alone"], x["losses"]) for x in made] == [
+        ("nemo2", True, []),
+        ("torch", True, []),
+    ]
+    assert "rank 0 alone" in performance.report(made)
 
 
 def test_the_shapes_are_those_of_the_table():
