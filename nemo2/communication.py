@@ -146,10 +146,10 @@ class _Reader:
 
         grads = any(event.wants_grad)
         if action.kind in ("rowwise", "embedding", "partial"):
-            over = action.value[1] if action.kind == "partial" else ("tp",)
+            over = ("tp",) if action.kind == "embedding" else action.value[1]
             for axis in over:
                 whole = event.results[0]
-                if action.scatter is not None:
+                if action.scatter is not None and axis == "tp":
                     tp = self.degrees[1]
                     dim = action.scatter.dim
                     whole = tuple(s * tp if d == dim else s for d, s in enumerate(whole))

@@ -307,11 +307,12 @@ def _modules(step: StepPlan) -> str:
     """Say how each module that tensor parallelism touches runs."""
     groups: dict[tuple[str, str], int] = {}
     for name, action in step.programs.installed.items():
-        how = {
-            "rowwise": "row-split, then summed over tp",
-            "embedding": "rows of the table here, then summed over tp",
-        }
-        key = (_family(name), how.get(action.kind, "column-split"))
+        how = "column-split"
+        if action.kind == "rowwise":
+            how = f"row-split, then summed over {' and '.join(action.value[1])}"
+        elif action.kind == "embedding":
+            how = "rows of the table here, then summed over tp"
+        key = (_family(name), how)
         if action.kind != "dropout":
             groups[key] = groups.get(key, 0) + 1
     for name in step.programs.scripts:

@@ -88,8 +88,8 @@ def norm_without_axes(entry, storage, groups):
     return True
 
 
-def bias_everywhere(x, weight, bias, action, axis):
-    return actions.total(torch.nn.functional.linear(x, weight, bias), action, axis)
+def bias_everywhere(x, weight, bias, action, axes):
+    return actions.total(torch.nn.functional.linear(x, weight, bias), action, axes["tp"])
 
 
 def no_backward(x, layout, axis):

@@ -153,7 +153,7 @@ def _on_local_tensors(module: Any, action: Action, axes: Axes) -> Callable[[Tens
     elif action.kind == "rowwise" and not action.fixes:
 
         def local(x: Tensor) -> Any:
-            return rowwise_linear(x, module.weight, module.bias, action, tp)
+            return rowwise_linear(x, module.weight, module.bias, action, axes)
 
     elif isinstance(module, nn.Linear):
 

@@ -163,17 +163,24 @@ def _constructor(
 
 
 def total(x: Tensor, action: Action, axis: Axis) -> Tensor:
-    """Sum the partial results of an action over ``axis``."""
-    if action.scatter is None:
+    """Sum the partial results of an action over ``axis``; over tp they may stay split."""
+    if action.scatter is None or axis.name != "tp":
         return collectives.reduce(x, axis)
     return collectives.scatter(x, action.scatter, axis)
 
 
-def _total_of(product: Callable[[], Tensor], action: Action, axis: Axis) -> Tensor:
-    """Sum a partial product over ``axis``, or take the sum that a checkpoint has kept."""
-    if not axis.kept:
-        return total(product(), action, axis)
-    return axis.kept[0].summed(product, lambda x: total(x, action, axis))
+def _total_of(product: Callable[[], Tensor], action: Action, axes: Axes) -> Tensor:
+    """Sum a partial product over its axes, or take the sum that a checkpoint has kept."""
+    over = [axes[name] for name in action.value[1]]
+
+    def summed(x: Tensor) -> Tensor:
+        for axis in over:
+            x = total(x, action, axis)
+        return x
+
+    if not over[0].kept:
+        return summed(product())
+    return over[0].kept[0].summed(product, summed)
 
 
 def _partial(action: Action, axes: Axes, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -187,14 +194,14 @@ def _partial(action: Action, axes: Axes, func: Callable[..., Any], args: Any, kw
 
 def _rowwise(action: Action, axes: Axes, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Matmul over a split inner dim: sum the partial products, then add the bias once."""
-    if action.value == "linear":
-        return rowwise_linear(*bind_linear(*args, **kwargs), action, axes["tp"])
-    return _rowwise_addmm(action, axes["tp"], *args, **kwargs)
+    if action.value[0] == "linear":
+        return rowwise_linear(*bind_linear(*args, **kwargs), action, axes)
+    return _rowwise_addmm(action, axes, *args, **kwargs)
 
 
 def _rowwise_addmm(
     action: Action,
-    axis: Axis,
+    axes: Axes,
     input: Tensor,
     mat1: Tensor,
     mat2: Tensor,
@@ -202,7 +209,7 @@ def _rowwise_addmm(
     beta: float = 1,
     alpha: float = 1,
 ) -> Tensor:
-    out = _total_of(lambda: torch.mm(mat1, mat2), action, axis) * alpha
+    out = _total_of(lambda: torch.mm(mat1, mat2), action, axes) * alpha
     return out + (input * beta).to(out.dtype)
 
 
@@ -213,9 +220,9 @@ def bind_linear(
 
 
 def rowwise_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, action: Action, axis: Axis
+    x: Tensor, weight: Tensor, bias: Tensor | None, action: Action, axes: Axes
 ) -> Tensor:
-    out = _total_of(lambda: F.linear(x, weight), action, axis)
+    out = _total_of(lambda: F.linear(x, weight), action, axes)
     return out if bias is None else out + bias.to(out.dtype)  # dtypes differ under autocast
 
 

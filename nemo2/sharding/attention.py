@@ -49,6 +49,10 @@ def context_attention(
         output; backward the same.
     Source: ring: arXiv 2310.01889; balanced order: arXiv 2311.09431; Ulysses: arXiv 2309.14509.
     """
+    if is_causal and q.shape[-2] != k.shape[-2]:  # torch's mask then starts at the upper left
+        sizes = (x.shape[-2] * axis.degree for x in (q, k))
+        seen = torch.ones(*sizes, dtype=torch.bool, device=q.device).tril()
+        is_causal, attn_mask = False, seen
     what = Attention(is_causal, attn_mask, scale)
     if method == "ulysses":
         return _ulysses(q, k, v, what, axis)

@@ -159,7 +159,7 @@ def _action(
     if kind in ("reshape", "expand"):
         degrees = call.scene.degrees
         value = local_shape(tuple(outs[0].shape), layouts[0], degrees)
-    elif kind == "partial":
+    elif kind in ("partial", "rowwise"):
         value = (value, tuple(p.axis for p in busy))
     elif kind == "cross_entropy":
         value = _merge_losses(busy)

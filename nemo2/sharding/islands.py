@@ -86,9 +86,10 @@ def _forward(
 
 
 @_forward.register_fake  # type: ignore[untyped-decorator]
-def _attention_like(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    kind = torch.promote_types(q.dtype, torch.float32)
-    return kernels.result_for(q, v, q.dtype), q.new_empty(q.shape[:-1], dtype=kind)
+def _(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    return kernels.result_for(q, v, q.dtype), kernels.lse_for(q, mask)
 
 
 @_custom_op("nemo2::ring_backward", mutates_args=())  # type: ignore[untyped-decorator]
@@ -124,7 +125,9 @@ def prefixes_forward(
     return prefixes.prefixes_forward(q, k, v, ends, causal, scale)
 
 
-prefixes_forward.register_fake(_attention_like)
+@prefixes_forward.register_fake  # type: ignore[untyped-decorator]
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return kernels.result_for(q, v, q.dtype), kernels.lse_for(q, None)
 
 
 @_custom_op("nemo2::prefixes_backward", mutates_args=())  # type: ignore[untyped-decorator]

@@ -10,6 +10,7 @@ memory by a fused kernel.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return attention (..., m, d) and the log-sum-exp of each row's scores (..., m).
 
-    A row that may look at no key gets zeros, and minus infinity.
+    With a mask it is given as two numbers, (2, ..., m): the largest score, and what the sum adds to
+    it. Under a mask of huge negative numbers, rows that see nothing have all scores alike, and their
+    sum would be lost beside the score. A row that may look at no key gets zeros, and minus infinity.
 
     Args:
         causal: row i sees columns up to i + (columns - rows); then rows <= columns, and no mask.
@@ -106,9 +109,22 @@ def backward(
 
 def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Add attention over some keys to that over others, ``out``, in place."""
-    share = torch.where(torch.isneginf(part_lse), 0, (part_lse - lse).sigmoid())
+    part_lse = part_lse.to(lse.dtype)
+    if two := lse.ndim == out.ndim:
+        top = torch.maximum(lse[0], part_lse[0])
+        own, other = (x[0] - _finite(top) + x[1] for x in (lse, part_lse))
+        lse[0] = top
+    else:
+        own, other = lse, part_lse
+    share = torch.where(torch.isneginf(other), 0, (other - own).sigmoid())
     out.lerp_(part.to(out.dtype), share.unsqueeze(-1).to(out.dtype))
-    torch.logaddexp(lse, part_lse.to(lse.dtype), out=lse)
+    torch.logaddexp(own, other, out=lse[1] if two else lse)
+
+
+def lse_for(q: Tensor, mask: Tensor | None) -> Tensor:
+    """Return an empty tensor for the log-sum-exp of the rows of ``q``, as ``forward`` gives it."""
+    two = (2,) if mask is not None else ()
+    return q.new_empty((*two, *q.shape[:-1]), dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def result_for(q: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
@@ -147,11 +163,11 @@ def _plain(
     k, v = as_many_heads(k, q), as_many_heads(v, q)
     scores = _scores(q, k, mask, causal, scale)
     top = scores.amax(-1, keepdim=True)
-    safe = torch.where(torch.isneginf(top), 0, top)
-    weights = (scores - safe).exp_()
+    weights = (scores - _finite(top)).exp_()
     total = weights.sum(-1, keepdim=True)
     out = (weights @ v.to(scores.dtype)) / total.clamp_min(torch.finfo(scores.dtype).tiny)
-    return out, (safe + total.log()).squeeze(-1)
+    top, more = top.squeeze(-1), total.log().squeeze(-1)
+    return out, top + more if mask is None else torch.stack([top, more])
 
 
 def _plain_backward(
@@ -169,8 +185,9 @@ def _plain_backward(
     k, v = as_many_heads(k, q), as_many_heads(v, q)
     scores = _scores(q, k, mask, causal, scale)
     dtype = scores.dtype
-    safe = torch.where(torch.isneginf(lse), 0, lse).to(dtype)
-    weights = (scores - safe.unsqueeze(-1)).exp_()
+    for part in _sums(q, k, v, lse, mask):
+        scores = scores - _finite(part).to(dtype).unsqueeze(-1)
+    weights = scores.exp_()
     wide = grad.to(dtype)
     dv = weights.transpose(-1, -2) @ wide
     through = wide @ v.to(dtype).transpose(-1, -2)
@@ -178,6 +195,22 @@ def _plain_backward(
     ds = weights * (through - share) * _scale(q, scale)
     dk = ds.transpose(-1, -2) @ q.to(dtype)
     return ds @ k.to(dtype), _summed_heads(dk, heads), _summed_heads(dv, heads)
+
+
+def _sums(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, mask: Tensor | None) -> Sequence[Tensor]:
+    """Return what one device subtracts from the scores in backward.
+
+    Torch's fused kernels keep one number: under a mask of huge negative numbers, gradients of rows
+    that see nothing are those of weights of one each. Without them it keeps the weights.
+    """
+    if mask is None:
+        return (lse,)
+    fused = q.ndim == 4 and torch._fused_sdp_choice(q, k, v, mask) != SDPBackend.MATH.value
+    return (lse[0] + lse[1],) if fused else (lse[0], lse[1])
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(torch.isneginf(x), 0, x)
 
 
 def _summed_heads(x: Tensor, heads: int) -> Tensor:

@@ -23,7 +23,7 @@ def prefixes_forward(
         ends: of the keys that each chunk may see; with ``causal`` its last row sees the last.
     """
     out = kernels.result_for(q, v, q.dtype)
-    lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = kernels.lse_for(q, None)
     for rows, end in _chunks(q, ends):
         part = q[..., rows, :], k[..., :end, :], v[..., :end, :]
         out[..., rows, :], lse[..., rows] = kernels.forward(*part, None, causal, scale)

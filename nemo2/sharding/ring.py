@@ -26,7 +26,7 @@ class Attention:
     """What one call asks for.
 
     Attributes:
-        causal: queries see keys up to their own position; then there is no mask.
+        causal: queries see keys up to their own position; then there are as many, and no mask.
         mask: of the whole sequence, broadcastable to (..., s, s): boolean (True may look) or
             added to the scores; or None.
         scale: of the scores; None is 1 / sqrt(size of a head).
@@ -41,9 +41,8 @@ def ring_forward(
     q: Tensor, k: Tensor, v: Tensor, what: Attention, axis: Axis
 ) -> tuple[Tensor, Tensor]:
     """Return attention and the log-sum-exp of each row over all keys (no gradient)."""
-    kind = torch.promote_types(q.dtype, torch.float32)
-    out = kernels.result_for(q, v, kind)
-    lse = q.new_empty(q.shape[:-1], dtype=kind)
+    lse = kernels.lse_for(q, what.mask)
+    out = kernels.result_for(q, v, lse.dtype)
     if what.mask is not None:  # else the first pair, of this rank's own parts, has all rows
         out.zero_()
         lse.fill_(-math.inf)
@@ -52,7 +51,7 @@ def ring_forward(
         other = (axis.rank - turn) % axis.degree
         coming = _start(moving, axis) if turn < axis.degree - 1 else None
         kj, vj = _unpacked(moving, k, v)
-        for pair in _pairs(what, axis, axis.rank, other, q.shape[-2]):
+        for pair in _pairs(what, axis, other, q.shape[-2], k.shape[-2]):
             part, part_lse = kernels.forward(
                 _rows(q, pair.rows),
                 _rows(kj, pair.columns),
@@ -93,7 +92,7 @@ def ring_backward(
         coming = _start(moving, axis) if turn < axis.degree - 1 else None
         kj, vj = _unpacked(moving, k, v)
         made = []
-        for pair in _pairs(what, axis, axis.rank, other, q.shape[-2]):
+        for pair in _pairs(what, axis, other, q.shape[-2], k.shape[-2]):
             mine, *theirs = kernels.backward(
                 _rows(grad, pair.rows),
                 _rows(q, pair.rows),
@@ -164,26 +163,29 @@ class _Pair:
     mask: Tensor | None
 
 
-def _pairs(what: Attention, axis: Axis, rank: int, other: int, size: int) -> Iterator[_Pair]:
-    """Yield the pairs of ``rank``'s query parts and ``other``'s key parts that have work."""
-    mine, theirs = axis.parts(rank), axis.parts(other)
-    n, everything = size // len(mine), slice(0, size)
+def _pairs(what: Attention, axis: Axis, other: int, rows: int, columns: int) -> Iterator[_Pair]:
+    """Yield the pairs of this rank's query parts and ``other``'s key parts that have work.
+
+    Args:
+        rows, columns: how many queries and keys a rank holds.
+    """
+    mine, theirs = axis.parts(axis.rank), axis.parts(other)
+    m, n = rows // len(mine), columns // len(theirs)
     if what.mask is not None:
         for i, row in enumerate(mine):
             for j, column in enumerate(theirs):
-                mask = _mask_of(what.mask, row, column, n)
-                yield _Pair(slice(i * n, i * n + n), slice(j * n, j * n + n), False, mask)
-    elif not what.causal or rank == other:  # local parts are in order: one causal square
-        yield _Pair(everything, everything, what.causal, None)
-    elif rank > other:  # of the other's parts only the first lies before mine
-        yield _Pair(everything, slice(0, n), False, None)
+                mask = _columns_of_mask(rows_of_mask(what.mask, row, m), column, n)
+                yield _Pair(slice(i * m, i * m + m), slice(j * n, j * n + n), False, mask)
+    elif not what.causal or axis.rank == other:  # local parts are in order: one causal square
+        yield _Pair(slice(0, rows), slice(0, columns), what.causal, None)
+    elif axis.rank > other:  # of the other's parts only the first lies before mine
+        yield _Pair(slice(0, rows), slice(0, n), False, None)
     elif axis.balanced:  # only my last part lies after the other's
-        yield _Pair(slice(n, size), everything, False, None)
+        yield _Pair(slice(m, rows), slice(0, columns), False, None)
 
 
-def _mask_of(mask: Tensor, row: int, column: int, n: int) -> Tensor:
-    """Return the block of the mask for one part of queries and one of keys."""
-    mask = rows_of_mask(mask, row, n)
+def _columns_of_mask(mask: Tensor, column: int, n: int) -> Tensor:
+    """Return the columns of the mask for one part of keys."""
     return mask.narrow(-1, column * n, n) if mask.shape[-1] > 1 else mask
 
 
