@@ -348,6 +348,76 @@ def test_a_number_that_changes_between_steps_is_not_frozen(pool):
     assert losses[0] == losses[2] != losses[1]
 
 
+class Settings:
+    def __init__(self):
+        self.gain, self.table = 1.0, {"a": [1.0, 2.0]}
+
+
+class Steered(nn.Module):
+    """Reads a configuration object, a list, and a tensor that is None at first."""
+
+    def __init__(self, settings):
+        super().__init__()
+        self.settings, self.steps, self.add = settings, [1.0], None
+        self.lin = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, y):
+        settings = self.settings
+        x = torch.tanh(self.lin(x)) * settings.gain + y.flip(0) * settings.table["a"][1]
+        return x * self.steps[0] if self.add is None else x + self.add
+
+
+class SteeredNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.settings = Settings()
+        self.layers = nn.ModuleList([Steered(self.settings)])
+        nemo2.shard(self.layers, "pp")
+
+    def forward(self, x, y):
+        for layer in self.layers:
+            x = layer(x, y)
+        return x
+
+
+def steered():
+    """Return losses, compiled and eager, before and after each change between steps."""
+    mesh = nemo2.make_mesh(device="cpu")
+    x, y = torch.randn(2, 4, WIDTH)
+    nets = [
+        nemo2.parallelize(SteeredNet(), mesh, compile=c, data_parallel="ddp")
+        for c in ("aot_eager", False)
+    ]
+    nets[1].load_full_state_dict(nets[0].full_state_dict())
+
+    def twice(model, batch):
+        return model(*batch).square().mean()
+
+    changes = [
+        lambda net: None,
+        lambda net: setattr(net.settings, "gain", 4.0),
+        lambda net: net.settings.table["a"].__setitem__(1, 0.5),
+        lambda net: net.layers[0].steps.__setitem__(0, 3.0),
+        lambda net: setattr(net.layers[0], "add", torch.ones(WIDTH)),
+        lambda net: setattr(net.layers[0], "add", None),
+    ]
+    losses = []
+    for change in changes:
+        for net in nets:
+            change(net.module)
+        losses.append([float(net.backward(twice, (x, y))) for net in nets])
+    losses.append([float(net.backward(twice, (x, x))) for net in nets])
+    losses.append([float(net.backward(twice, (x, y))) for net in nets])
+    return losses, nets[0].module.layers[0].forward.state
+
+
+def test_nothing_that_a_block_holds_is_frozen(pool):
+    ((losses, state),) = pool.run(1, steered)
+    assert all(compiled == eager for compiled, eager in losses), losses
+    assert len({eager for _, eager in losses}) == len(losses) - 2  # two of them come again
+    assert state == "compiled"
+
+
 def restless(steps):
     """Return whether losses equal an eager model's while a number never stays, and warnings."""
     mesh = nemo2.make_mesh(device="cpu")

@@ -273,6 +273,72 @@ def test_changes_in_place_and_own_checkpoints(pool, mesh):
     assert pool.run(2, stacks, cells, mesh, pool.device)[0] == []
 
 
+class Moving(nn.Module):
+    """Reads buffers, and writes into them afterwards."""
+
+    def __init__(self, assigns):
+        super().__init__()
+        self.lin, self.assigns = nn.Linear(8, 8), assigns
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("fixed", torch.ones(8))
+
+    def forward(self, x):
+        out = torch.tanh(self.lin(x + self.mean * self.fixed))
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(out.flatten(0, -2).mean(0))
+            if self.assigns:
+                self.seen = self.seen + 1
+            else:
+                self.seen += 1
+        return x + out
+
+
+class MovingNet(nn.Module):
+    def __init__(self, assigns):
+        super().__init__()
+        self.layers = nn.ModuleList(Moving(assigns) for _ in range(2))
+        shard(self.layers, "pp")
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def moved(kind, compiled, microbatches):
+    """Return losses, gradients and buffers of three steps."""
+    torch.manual_seed(0)
+    pipeline = Pipeline(microbatches=microbatches)
+    mesh = nemo2.make_mesh(device="cpu")
+    net = nemo2.parallelize(
+        MovingNet(not compiled), mesh, remat=kind, compile=compiled, pipeline=pipeline
+    )
+    found = []
+    for _ in range(3):
+        found.append(net.backward(squares, torch.ones(4, 3, 8).cumsum(0)))
+    found += [
+        p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in net.parameters()
+    ]
+    return [x.detach() for x in (*found, *net.module.buffers())]
+
+
+def all_moved():
+    ways = [(k, c) for k in (None, "full", "selective") for c in (False, "aot_eager")]
+    return {(*way, mb): moved(*way, mb) for way in ways for mb in (1, 2)}
+
+
+def test_a_block_runs_again_with_the_buffers_that_it_had(pool):
+    (found,) = pool.run(1, all_moved)
+    for (kind, compiled, mb), values in found.items():
+        for got, want in zip(values, found[None, False, mb], strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-6, msg=f"{kind} {compiled} {mb}")
+    *_, mean, seen, fixed = found[None, False, 2]
+    assert mean.any()
+    assert seen == 6
+    assert torch.equal(fixed, torch.ones(8))
+
+
 def dropped(mesh, kind, device):
     torch.manual_seed(0)
     model = Stack(Dropping).double()

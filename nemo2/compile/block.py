@@ -2,8 +2,8 @@
 
 The plan knows that a block takes one path for given shapes and switches, so the block is run once
 on stand-ins and what it does becomes a graph. There is nothing to guard but what the graph was
-made for: the shapes, dtypes and strides of its inputs, which need gradients, and the numbers that
-its modules hold (checked once a step).
+made for: the shapes, dtypes and strides of its inputs, which of them need gradients, which are one
+tensor, and what its modules hold beside tensors (checked once a step).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..sharding.actions import Axes
 from ..sharding.dropout import Site, is_running, next_row
 from .graph import Compiler, compiled_function
 from .rehearse import Rehearsal, cannot_compile, rehearse
-from .slots import Slots, scalars
+from .slots import Slots, facts
 
 VARIANTS = 16  # kinds of inputs for which one block is compiled; more run eagerly
 
@@ -64,7 +64,7 @@ class CompiledBlock:
         self.compiler, self._told = compiler, told
         self.forward = block.forward
         self._variants: dict[Any, _Variant] = {}
-        self._by_scalars: dict[Any, dict[Any, _Variant]] = {}
+        self._by_facts: dict[Any, dict[Any, _Variant]] = {}
         self._restless: dict[Any, _Variant] = {}
         self._slots: Slots | None = None
         self.stale = True  # a step has begun since it was called
@@ -72,27 +72,27 @@ class CompiledBlock:
     @property
     def state(self) -> str:
         """``"compiled"``, why it is not, or that it has not run."""
-        made = (*self._by_scalars.values(), self._restless)
+        made = (*self._by_facts.values(), self._restless)
         whys = sorted({v.why for variants in made for v in variants.values()})
         return "; ".join(w or "compiled" for w in whys) or "not called yet"
 
-    def _refresh(self) -> None:
-        """Take up what was compiled for the numbers that its modules hold now."""
-        now = tuple(tuple(held.items()) for held in scalars(self.block))
-        if now not in self._by_scalars and len(self._by_scalars) >= VARIANTS:
+    def _refresh(self) -> Slots:
+        """Take up what was compiled for what its modules hold now; return where its tensors are."""
+        slots = Slots(self.block)
+        now = slots.names, facts(self.block)
+        if now not in self._by_facts and len(self._by_facts) >= VARIANTS:
             self._variants = self._restless  # it would be compiled anew in each step
         else:
-            self._variants = self._by_scalars.setdefault(now, {})
+            self._variants = self._by_facts.setdefault(now, {})
+        return slots
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._slots is None:
-            self._slots = Slots(self.block)
-        if self.stale:
-            self._refresh()
+        if self._slots is None or self.stale:
+            self._slots = self._refresh()
             self.stale = False
         leaves, spec = tree_flatten((args, kwargs))
         held = self._slots.read()
-        key = (spec, _key(leaves), _key(held), _switches(held))
+        key = (spec, _key(leaves), _key(held), _alike(leaves, held), _switches(held))
         variant = self._variants.get(key)
         if variant is None:
             with _nothing_saved():
@@ -165,6 +165,12 @@ def _key(leaves: Sequence[Any]) -> tuple[Any, ...]:
         else (x if isinstance(x, _PLAIN) else id(type(x)))
         for x in leaves
     )
+
+
+def _alike(leaves: Sequence[Any], held: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return which inputs are one tensor: a graph has one input for them."""
+    found = [id(x) for x in (*leaves, *held) if isinstance(x, Tensor)]
+    return () if len({*found}) == len(found) else tuple(map(found.index, found))
 
 
 def _switches(held: Sequence[Tensor]) -> tuple[Any, ...]:

@@ -88,18 +88,22 @@ def compiled_function(
     inputs = stand_ins(rehearsal.mode, [*given, *held])
     unique: dict[int, Tensor] = {id(x): x for x in inputs}
     order = [list(unique).index(id(x)) for x in inputs]
+    shift = 1 if rehearsal.sites else 0  # dropout's keys come after the arguments
+    places = [i + shift if i >= len(rehearsal.tensors) else i for i in rehearsal.written]
+    written = sorted({order[i] for i in places})
 
     def body(*distinct: Tensor) -> tuple[Tensor, ...]:
-        values = [distinct[i] for i in order]
+        inside = [x.clone() if i in written else x for i, x in enumerate(distinct)]
+        values = [inside[i] for i in order]
         filled = list(leaves)
         for i, x in zip(rehearsal.tensors, values, strict=False):
             filled[i] = x
         keys = values[len(rehearsal.tensors)] if rehearsal.sites else None
         with rehearsal.staged(Tracing(keys), values[len(given) :]):
             flat = tree_leaves(forward(filled))
-        return tuple(x for x in flat if isinstance(x, Tensor))
+        return (*(x for x in flat if isinstance(x, Tensor)), *(inside[i] for i in written))
 
-    module = _as_graph(body, len(unique), len(rehearsal.outputs))
+    module = _as_graph(body, len(unique), len(rehearsal.outputs) + len(written))
     # The outer graph has one node; what it calls is not in AOTAutograd's key of a cache.
     with aot_config.patch(enable_autograd_cache=False), tracing(Tracing()):  # backward, too
         run = compiler(module, list(unique.values()))
@@ -109,6 +113,17 @@ def compiled_function(
         out: Sequence[Any] = run(*[tensors[i] for i in first])
         return out
 
+    def writing(*tensors: Tensor) -> Sequence[Any]:
+        """Give copies of what is written into, which backward may read, and write afterwards."""
+        given = [tensors[i] for i in first]
+        out = run(*[x.clone() if i in written else x for i, x in enumerate(given)])
+        with torch.no_grad():
+            for i, value in zip(written, out[-len(written) :], strict=True):
+                given[i].copy_(value)
+        return out[: -len(written)]
+
+    if written:
+        return writing
     return call if len(first) < len(inputs) else run
 
 

@@ -21,7 +21,7 @@ from ..randomness import draws
 from ..sharding.actions import Axes
 from ..sharding.dropout import Site
 from ..sharding.tracing import Tracing, tracing
-from .slots import Slots, scalars
+from .slots import Contents, Slots, facts
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Rehearsal:
         outputs: which leaves of its result are tensors.
         spec, constants: how its result is put together, and its other leaves.
         sites: its dropout calls, in order.
+        written: which of its tensors, arguments first, then those of ``slots``, it writes into.
     """
 
     slots: Slots
@@ -43,6 +44,7 @@ class Rehearsal:
     spec: Any
     constants: tuple[Any, ...]
     sites: tuple[Site, ...]
+    written: tuple[int, ...]
 
     def output(self, results: Sequence[Any]) -> Any:
         """Return the block's result with ``results`` as its tensors."""
@@ -92,18 +94,34 @@ def rehearse(
 
     Communication: none.
     """
+    before = Contents(block)
+    seen = _seen(forward, block, slots, leaves, held, axes)
+    if isinstance(seen, str):
+        before.put_back()
+    return seen
+
+
+def _seen(
+    forward: Callable[[Sequence[Any]], Any],
+    block: nn.Module,
+    slots: Slots,
+    leaves: Sequence[Any],
+    held: Sequence[Tensor],
+    axes: Axes,
+) -> Rehearsal | str:
     # Shapes are static all the same: without an environment inductor's cache refuses its graphs.
     shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
     mode = FakeTensorMode(allow_non_fake_inputs=False, shape_env=shapes)
     tensors = tuple(i for i, x in enumerate(leaves) if isinstance(x, Tensor))
-    made = Rehearsal(slots, axes, mode, tensors, (), None, (), ())
+    made = Rehearsal(slots, axes, mode, tensors, (), None, (), (), ())
     state, watch = Tracing(), _Watch()
-    before = scalars(block)
+    before = facts(block)
     try:
         fakes = stand_ins(mode, [*(leaves[i] for i in tensors), *held])
         given = list(leaves)
         for i, fake in zip(tensors, fakes, strict=False):
             given[i] = fake
+        old = [fake._version for fake in fakes]
         with mode, made.staged(state, fakes[len(tensors) :]), watch:
             result = forward(given)
             replaced = not slots.hold(fakes[len(tensors) :])
@@ -113,9 +131,7 @@ def rehearse(
         raise
     except Exception as error:
         return _why(error)
-    after = scalars(block)
-    if before != after:
-        _restore(block, before)
+    if before != facts(block):
         return "it changes numbers that its modules hold"
     if any(d != site.draws[0] for site in state.sites for d in site.draws):
         return "a dropout module in it is called for tensors of several shapes"
@@ -125,11 +141,15 @@ def rehearse(
     odd = next((x for x in constants if not isinstance(x, _CONSTANTS)), None)
     if odd is not None:
         return f"it returns a {type(odd).__name__}"
+    written = tuple(i for i, (x, o) in enumerate(zip(fakes, old, strict=True)) if x._version > o)
+    if any(fakes[i].requires_grad for i in written):
+        return "it writes into tensors what needs a gradient"
     kept = {id(x) for x in (*flat, *fakes)}
     del result, flat, given
     if replaced or watch.survivors(kept):
         return "it keeps tensors that it does not return"
-    return Rehearsal(slots, axes, mode, tensors, outputs, spec, constants, tuple(state.sites))
+    sites = tuple(state.sites)
+    return Rehearsal(slots, axes, mode, tensors, outputs, spec, constants, sites, written)
 
 
 _CONSTANTS = (bool, int, float, str, type(None))
@@ -181,8 +201,3 @@ def _why(error: Exception) -> str:
     if "DataDependent" in type(error).__name__ or "item" in first:
         return "it reads values"
     return f"it does not run on stand-ins: {type(error).__name__}: {first}"
-
-
-def _restore(block: nn.Module, before: Sequence[dict[str, Any]]) -> None:
-    for module, values in zip(block.modules(), before, strict=True):
-        module.__dict__.update(values)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from copy import copy
+from enum import Enum
+from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..pipeline.absent import is_absent
@@ -16,18 +20,23 @@ class Slots:
 
     Attributes:
         places: for each input the (attributes, key) pairs that hold it.
+        names: the same by names, to be compared.
     """
 
     places: tuple[tuple[tuple[MutableMapping[str, Any], str], ...], ...]
+    names: tuple[tuple[tuple[int, int, str], ...], ...]
 
     def __init__(self, block: nn.Module) -> None:
         found: dict[int, list[tuple[MutableMapping[str, Any], str]]] = {}
-        for module in block.modules():
-            for attributes in (module.__dict__, module._parameters, module._buffers):
+        names: dict[int, list[tuple[int, int, str]]] = {}
+        for i, module in enumerate(block.modules()):
+            for j, attributes in enumerate((module.__dict__, module._parameters, module._buffers)):
                 for key, value in attributes.items():
                     if isinstance(value, Tensor) and not is_absent(value):
                         found.setdefault(id(value), []).append((attributes, key))
+                        names.setdefault(id(value), []).append((i, j, key))
         self.places = tuple(tuple(same) for same in found.values())
+        self.names = tuple(tuple(same) for same in names.values())
         self._first = tuple(same[0] for same in self.places)
 
     def read(self) -> list[Tensor]:
@@ -57,9 +66,80 @@ class Slots:
                     attributes[key] = value
 
 
-def scalars(block: nn.Module) -> list[dict[str, Any]]:
-    """Return the numbers, strings and switches that the modules of a block hold."""
-    return [
-        {k: v for k, v in module.__dict__.items() if isinstance(v, (bool, int, float, str))}
-        for module in block.modules()
-    ]
+def facts(block: nn.Module) -> tuple[Any, ...]:
+    """Return what the modules of a block hold beside tensors and modules, to be compared.
+
+    Numbers, strings, None and dtypes; also in lists, dicts and sets, and in objects that hold
+    nothing else, such as a model's configuration.
+    """
+    return tuple(
+        (i, name, fact)
+        for i, module in enumerate(block.modules())
+        for name, value in module.__dict__.items()
+        if name not in _OWN and (fact := _fact(value, 3)) is not _ODD
+    )
+
+
+class Contents:
+    """What the modules of a block hold now, so that it can be put back.
+
+    Attributes, and lists, dicts and sets among them, also in objects that hold nothing else.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._before: list[tuple[Any, Any]] = []
+        for module in block.modules():
+            self._before.append((module.__dict__, dict(module.__dict__)))
+            for name, value in module.__dict__.items():
+                if name not in _OWN:
+                    self._remember(value, 3)
+
+    def _remember(self, value: Any, depth: int) -> None:
+        if isinstance(value, _UNSEEN) or not depth:
+            return
+        if isinstance(value, (list, dict, set)):
+            self._before.append((value, copy(value)))
+            inside = value.values() if isinstance(value, dict) else value
+        elif isinstance(value, tuple):
+            inside = value
+        elif _fact(value, depth) is not _ODD and hasattr(value, "__dict__"):
+            return self._remember(value.__dict__, depth)
+        else:
+            return
+        for x in inside:
+            self._remember(x, depth - 1)
+
+    def put_back(self) -> None:
+        for container, before in self._before:
+            if isinstance(container, list):
+                container[:] = before
+            else:
+                container.clear()
+                container.update(before)
+
+
+def _fact(value: Any, depth: int) -> Any:
+    """Return ``value`` as something to compare, or ``_ODD``."""
+    kind = type(value)
+    if kind in _ATOMS or isinstance(value, Enum):
+        return kind, value  # 1, 1.0 and True are equal
+    if isinstance(value, _UNSEEN) or not depth:
+        return _ODD
+    if kind in (list, tuple, set, frozenset, dict):
+        if len(value) > _LARGE:
+            return _ODD
+        parts = value.items() if kind is dict else value
+        inner = (_fact(x, depth - (kind is not tuple)) for x in parts)
+        return kind, frozenset(inner) if kind in (set, frozenset) else tuple(inner)
+    held = getattr(value, "__dict__", None)
+    if not isinstance(held, dict) or len(held) > _LARGE:
+        return _ODD
+    inside = tuple((name, _fact(x, depth - 1)) for name, x in held.items())
+    return _ODD if any(fact is _ODD for _, fact in inside) else (kind, inside)
+
+
+_ODD = object()  # neither a number nor made of numbers
+_LARGE = 1000  # a list or dict that is longer is no setting
+_ATOMS = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
+_UNSEEN = (Tensor, nn.Module, type, Callable, ModuleType)
+_OWN = frozenset(nn.Module().__dict__) - {"training"}  # dicts of parameters, hooks, modules

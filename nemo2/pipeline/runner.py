@@ -35,7 +35,7 @@ from ..sharding.dropout import Forward
 from ..sharding.layout import AXES
 from ..sharding.modes import pause, resume, suspended
 from ..sharding.narrow import NarrowLosses, entered
-from ..sharding.remat import recomputed
+from ..sharding.remat import Buffers, recomputed
 from ..sharding.scripts import Programs
 from ..sharding.storage import placeholder
 from .absent import Absent, is_absent, resolve
@@ -102,6 +102,7 @@ class StageRunner(nn.Module):
         self._compiled: MutableMapping[StepPlan, dict[str, CompiledBlock]] = WeakIdKeyDictionary()
         self._compiled_alone: dict[str, CompiledBlock] = {}
         self._told: set[str] = set()
+        self._buffers: dict[str, Buffers] = {}
         self._ready = False
 
     @property
@@ -407,9 +408,10 @@ class StageRunner(nn.Module):
         names = [n for i, n in enumerate(self.plan.blocks) if kind and self._is_local(i)]
         blocks = [self.module.get_submodule(name) for name in names]
         before = [block.__dict__.get("forward") for block in blocks]
-        for block in blocks:
+        for name, block in zip(names, blocks, strict=True):
             assert kind is not None
-            block.__dict__["forward"] = recomputed(block.forward, kind, self.axes)
+            buffers = self._buffers.setdefault(name, Buffers(name, block))
+            block.__dict__["forward"] = recomputed(block, buffers, kind, self.axes)
         try:
             yield
         finally:

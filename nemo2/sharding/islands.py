@@ -86,9 +86,7 @@ def _forward(
 
 
 @_forward.register_fake  # type: ignore[untyped-decorator]
-def _(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     return kernels.result_for(q, v, q.dtype), kernels.lse_for(q, mask)
 
 

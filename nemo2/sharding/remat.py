@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import Nemo2Error
+from ..pipeline.absent import is_absent
 from ..pytree import tree_leaves
 from .actions import Axes
 from .kept import Kept
 from .modes import Watcher, pause, resume
 
 
-def recomputed(forward: Callable[..., Any], kind: str, axes: Axes) -> Callable[..., Any]:
-    """Return the forward of a block that keeps less than ``forward`` for the backward.
+def recomputed(block: nn.Module, buffers: Buffers, kind: str, axes: Axes) -> Callable[..., Any]:
+    """Return a forward of ``block`` that keeps less than its own for the backward.
 
     ``"full"`` keeps the inputs; ``"selective"`` also the results of matrix products, of
-    row-split ones after their sum. The recomputation runs ``forward`` alone, no hooks of the
-    block, with the block's own inputs, random state, autocast and torch-function modes. It
-    stops when all that the backward needs is there.
+    row-split ones after their sum. The recomputation runs the forward alone, no hooks of the
+    block, with the block's own inputs, random state, autocast and torch-function modes, and with
+    buffers as they were: what it writes into them is dropped. It stops when all that the
+    backward needs is there.
 
-    Communication: see ``communication.py``: what ``forward`` gathers, exchanges and (``"full"``)
+    Communication: see ``communication.py``: what the forward gathers, exchanges and (``"full"``)
     sums before its last call that saves something for backward, a second time in backward.
     """
+    forward = block.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -35,13 +39,18 @@ def recomputed(forward: Callable[..., Any], kind: str, axes: Axes) -> Callable[.
         _refuse_caches((args, kwargs))
         modes = _foreign_modes()
         kept = Kept() if kind == "selective" else None
-        second = _inside(axes, kept, modes, again=True)
+        before = buffers.snapshot()
+        second = _again(before, axes, kept, modes)
         first = [_inside(axes, kept, None, again=False)]
 
         def body(*given: Any) -> Any:
             # Entered here: torch leaves what context_fn gives it open when the forward raises.
-            with first.pop() if first else nullcontext():
+            if not first:
                 return forward(*given, **kwargs)
+            with first.pop():
+                out = forward(*given, **kwargs)
+            buffers.compare(before)
+            return out
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
             return nullcontext(), second
@@ -49,6 +58,14 @@ def recomputed(forward: Callable[..., Any], kind: str, axes: Axes) -> Callable[.
         return checkpoint(body, *args, use_reentrant=False, context_fn=contexts)
 
     return run
+
+
+@contextmanager
+def _again(
+    before: Snapshot, axes: Axes, kept: Kept | None, modes: list[TorchFunctionMode]
+) -> Iterator[None]:
+    with before.put_back(), _inside(axes, kept, modes, again=True):
+        yield
 
 
 @contextmanager
@@ -76,6 +93,59 @@ def _inside(
             axis.kept[:] = own
         _forget(axes)
         resume(stack)
+
+
+class Snapshot(dict[tuple[int, str], tuple[Tensor, int, Tensor | None]]):
+    """Buffers before a run of a block: by their place the tensor, its version, and a copy if any."""
+
+    def __init__(self, holders: Sequence[dict[str, Any]]) -> None:
+        super().__init__()
+        self._holders = holders
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Let the block read them for a time, and write into copies."""
+        now = {place: self._holders[place[0]][place[1]] for place in self}
+        for (i, name), (tensor, _, copy) in self.items():
+            self._holders[i][name] = tensor if copy is None else copy
+        try:
+            yield
+        finally:
+            for (i, name), tensor in now.items():
+                self._holders[i][name] = tensor
+
+
+class Buffers:
+    """The buffers of a block, and which of them its forward writes into."""
+
+    def __init__(self, name: str, block: nn.Module) -> None:
+        self._name = name
+        self._holders = [module._buffers for module in block.modules()]
+        self._written: set[tuple[int, str]] | None = None  # not known before the first run
+
+    def snapshot(self) -> Snapshot:
+        """Return what a run may change; before the first run that is all, for as long as it takes."""
+        found = Snapshot(self._holders)
+        for i, held in enumerate(self._holders):
+            for name, x in held.items():
+                if isinstance(x, Tensor) and not is_absent(x):
+                    known = self._written is not None and (i, name) not in self._written
+                    found[i, name] = x, x._version, None if known else x.detach().clone()
+        return found
+
+    def compare(self, before: Snapshot) -> None:
+        """Keep of a snapshot what the run has changed."""
+        for place, (tensor, version, copy) in list(before.items()):
+            i, name = place
+            if tensor._version == version and self._holders[i][name] is tensor:
+                del before[place]
+            elif tensor._version != version and copy is None:
+                raise Nemo2Error(
+                    f"remat: block '{self._name}' writes into its buffer '{name}' in some calls only,"
+                    " so that it cannot run again as it did\n"
+                    f"  options: self.{name} = self.{name} + ... instead of writing in place | remat=None"
+                )
+        self._written = (self._written or set()) | {*before}
 
 
 def _forget(axes: Axes) -> None:
