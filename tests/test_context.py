@@ -13,7 +13,7 @@ import nemo2
 from nemo2 import ContextParallel, Pipeline, PipelineError, ShardingError, shard
 from nemo2.communication import collectives
 from tests import context_models as models
-from tests.context_models import Model, shift_inside, shift_of_inputs
+from tests.context_models import VOCAB, Model, shift_inside, shift_of_inputs
 from tests.models import token_ids
 
 METHODS = ("ring", "all_gather", "ulysses")
@@ -43,6 +43,88 @@ def test_masks_made_of_the_batch(pool, method):
         (o, functools.partial(Model, "rotary", o), models.ignored, {"context_parallel": method})
         for o in ("documents", "padding")
     ]
+    assert not pool.run(2, verified, cases, {"cp": 2})[0]
+
+
+class Mixer(nn.Module):
+    """Sums over the sequence by a product with a weight, as an MLP-Mixer does."""
+
+    def __init__(self, how, bias):
+        super().__init__()
+        self.how = how
+        self.weight = nn.Parameter(torch.randn(8, 8) / 4)
+        self.bias = nn.Parameter(torch.randn(8)) if bias else None
+
+    def forward(self, x):
+        size = x.shape[1]
+        weight = self.weight[:size, :size].tril()
+        bias = None if self.bias is None else self.bias[:size]
+        mixed = x.transpose(1, 2)
+        if self.how == "linear":
+            mixed = F.linear(mixed, weight, bias)
+        else:
+            bias = torch.zeros((), dtype=x.dtype) if bias is None else bias
+            flat = torch.addmm(bias, mixed.flatten(0, 1), weight.T, beta=0.5, alpha=2.0)
+            mixed = flat.unflatten(0, mixed.shape[:2])
+        return x + mixed.transpose(1, 2)
+
+
+class Pooled(nn.Module):
+    """Attention whose queries or keys are half as many."""
+
+    def __init__(self, pooled, masked):
+        super().__init__()
+        self.pooled, self.masked, self.qkv = pooled, masked, nn.Linear(16, 48)
+
+    def forward(self, x):
+        q, k, v = (y.unflatten(-1, (4, 4)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        if self.pooled == "queries":
+            q = q.unflatten(2, (-1, 2)).mean(3)
+        else:
+            k, v = (y.unflatten(2, (-1, 2)).mean(3) for y in (k, v))
+        mask, causal = None, self.masked == "causal"
+        if self.masked == "mask":
+            rows = torch.arange(q.shape[2])[:, None] * k.shape[2]
+            mask = rows >= torch.arange(k.shape[2]) * q.shape[2]
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+        out = out.transpose(1, 2).flatten(2)
+        return x + (out.repeat_interleave(2, dim=1) if self.pooled == "queries" else out)
+
+
+class Stack(nn.Module):
+    def __init__(self, block, *how):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCAB, 16), nn.Linear(16, VOCAB)
+        self.layers = nn.ModuleList(block(*how) for _ in range(2))
+        shard(self.layers, "pp")
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("sizes", [{"cp": 2}, {"tp": 2}, {"cp": 2, "tp": 2}], ids=str)
+def test_sums_over_the_sequence_by_products_with_a_weight(pool, sizes):
+    cases = [
+        (f"{how} {bias}", functools.partial(Stack, Mixer, how, bias), shift_inside, options)
+        for how in ("linear", "addmm")
+        for bias in (True, False)
+        for options in ({}, {"remat": "selective"})
+    ]
+    world = sizes.get("cp", 1) * sizes.get("tp", 1)
+    assert not pool.run(world, verified, cases, sizes)[0]
+
+
+@pytest.mark.parametrize("pooled", ["queries", "keys"])
+def test_queries_and_keys_of_two_lengths(pool, pooled):
+    cases = [
+        (masked, functools.partial(Stack, Pooled, pooled, masked), shift_inside, options)
+        for masked in ("", "causal", "mask")
+        for options in [{"context_parallel": m} for m in METHODS]
+    ]
+    cases += [(m, b, loss, {**how, "compile": "aot_eager"}) for m, b, loss, how in cases[1::3]]
     assert not pool.run(2, verified, cases, {"cp": 2})[0]
 
 

@@ -123,6 +123,9 @@ def _scatter(call: Call, outcome: Outcome, out: Any) -> Outcome:
     mean = outcome.kind == "partial" and outcome.value != "sum"
     if mean or outs[0].shape[layout.dim] // layout.outer % (cp * tp):
         return outcome
+    biased = outcome.kind == "rowwise" and any(op.exempt for op in call.operands)
+    if biased and layout.dim == outs[0].ndim - 1:
+        return outcome  # the sequence is what the bias is as long as
     for op in call.operands:
         op.exempt = False  # a bias, added to a part of the tokens
     return replace(outcome, layouts=layout, scatter=layout)
