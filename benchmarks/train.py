@@ -2,8 +2,8 @@
 
 ``torchrun --nproc-per-node 4 -m benchmarks.train --shape 8b16l --mesh tp=2,pp=2 --peer nemo2``.
 A ratio of two peers counts only when both ran in one go on one machine: ``benchmarks.performance``
-does that for whole tables. With ``--alone`` rank 0 of the mesh runs on one device and its collectives
-return at once: what that rank computes, holds and waits for its host, and no losses.
+does that for whole tables. With ``--alone`` rank 0 of the mesh runs on one device, and its
+collectives return at once: what that rank computes, holds and waits for its host, and no losses.
 """
 
 from __future__ import annotations

@@ -308,7 +308,9 @@ class ParallelModel(nn.Module):
             entry.compute.grad = None
         losses = self._losses.begin(loss_fn, has_aux=has_aux)
         microbatches = self.plan.options.pipeline.microbatches
-        parts = [self._to_device(b) for b in split_batch(batch, microbatches)]
+        rounds = self.groups.sizes.pp if len(self.runner.stages) > 1 else 1  # interleaved
+        split = split_batch(batch, microbatches, rounds=rounds)
+        parts = [self._to_device(b) for b in split]
         self.draws.steps = self.draws.steps + 1 if step is None else step
         with torch.enable_grad():
             self._schedule(losses, parts, forward_only=False, key=key or identity(loss_fn))
@@ -376,6 +378,7 @@ class ParallelModel(nn.Module):
             microbatches = len(parts)
             if len(chunks) > 1:
                 microbatches += -len(parts) % groups.sizes.pp
+            stack.enter_context(self._explained())
             results = run_schedule(
                 chunks,
                 microbatches=microbatches,
@@ -389,6 +392,27 @@ class ParallelModel(nn.Module):
                 schedule=self.plan.options.pipeline.schedule,
             )
         return results[: len(parts)]
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say what to do about torch's errors of blocks that write into what they are given."""
+        try:
+            yield
+        except RuntimeError as error:
+            said, first = str(error), str(error).partition(". ")[0]
+            if "RegisterPostBackwardFunction" in said:
+                raise Nemo2Error(
+                    "a block writes into a tensor that it is given (x += ...), and fsdp and zero1"
+                    " need it as it was: " + first + "\n"
+                    "  options: x = x + ... | data_parallel='ddp' | dp=1"
+                ) from error
+            if "modified by an inplace operation" in said and self.plan.options.remat:
+                raise Nemo2Error(
+                    "backward needs a tensor that was written into; with remat a block must leave"
+                    " what it is given as it was, to run again: " + first + "\n"
+                    "  options: x = x + ... instead of x += ... | remat=None"
+                ) from error
+            raise
 
     def _loans(self, step_plan: StepPlan | None) -> list[Loan]:
         """Return the loans of a step, made once for each set of borrowed parameters."""

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import nemo2
-from nemo2 import DataParallel, shard
+from nemo2 import DataParallel, Nemo2Error, shard
 from nemo2.communication import data_parallel
 from nemo2.sharding.buckets import pack
 from tests.models import GPT, ZOO, Skip, counted, next_token, token_ids
@@ -418,6 +418,57 @@ def lengths(device):
 
 def test_norm_counts_replicas_once(pool):
     assert max(error for error, _ in pool.run(4, lengths, pool.device)) < 1e-12
+
+
+# --- blocks that write into what they are given
+
+
+class Adding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin, self.shift = nn.Linear(8, 8), nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        x += self.shift
+        return x + self.lin(x).tanh()
+
+
+class AddingNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.layers = nn.ModuleList(Adding() for _ in range(2))
+        shard(self.layers, "pp")
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def added(device, options):
+    """Return whether training equals one device, or the refusal."""
+
+    def loss(model, x):
+        return model(x).square().mean()
+
+    x = torch.ones(4, 8).cumsum(0)
+    try:
+        return nemo2.verify(AddingNet, x, loss, {"dp": 2}, device=device, **options).ok
+    except Nemo2Error as error:
+        return str(error)
+
+
+def test_blocks_that_write_into_what_they_are_given(pool):
+    asked = [({}, "data_parallel='ddp'"), ({"data_parallel": "zero1"}, "data_parallel='ddp'")]
+    asked.append(({"data_parallel": "ddp", "remat": "full"}, "remat=None"))
+    for options, cure in asked:
+        said = pool.run(2, added, pool.device, options)
+        assert said[0] == said[1]
+        assert "x = x + ..." in said[0]
+        assert cure in said[0]
+    assert pool.run(2, added, pool.device, {"data_parallel": "ddp"}) == [True, True]
 
 
 # --- the end of a model

@@ -206,6 +206,10 @@ def test_microbatches():
         PipelineError, match=r"6 % 4 = 2\n  options: microbatches in \[1, 2, 3, 6\]"
     ):
         split_batch(ids, 4)
+    with pytest.raises(PipelineError, match=r"microbatches in \[2, 6\] \| a batch of 8"):
+        split_batch(ids, 4, rounds=2)  # interleaved on pp=2
+    with pytest.raises(PipelineError, match="options: a batch of 4"):
+        split_batch(ids[:3], 4, rounds=2)
     with pytest.raises(PipelineError, match="cannot tell the batch dim"):
         split_batch((ids, torch.zeros(5)), 2)
     with pytest.raises(PipelineError, match="holds no tensor"):

@@ -120,7 +120,8 @@ def compiled_function(
         with torch.no_grad():
             for i, value in zip(written, out[-len(written) :], strict=True):
                 given[i].copy_(value)
-        return out[: -len(written)]
+        results: Sequence[Any] = out[: -len(written)]
+        return results
 
     if written:
         return writing

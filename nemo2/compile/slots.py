@@ -97,16 +97,13 @@ class Contents:
     def _remember(self, value: Any, depth: int) -> None:
         if isinstance(value, _UNSEEN) or not depth:
             return
+        if hasattr(value, "__dict__") and _fact(value, depth) is not _ODD:
+            value = value.__dict__
         if isinstance(value, (list, dict, set)):
             self._before.append((value, copy(value)))
-            inside = value.values() if isinstance(value, dict) else value
-        elif isinstance(value, tuple):
-            inside = value
-        elif _fact(value, depth) is not _ODD and hasattr(value, "__dict__"):
-            return self._remember(value.__dict__, depth)
-        else:
+        elif not isinstance(value, tuple):
             return
-        for x in inside:
+        for x in value.values() if isinstance(value, dict) else value:
             self._remember(x, depth - 1)
 
     def put_back(self) -> None:
@@ -141,5 +138,5 @@ def _fact(value: Any, depth: int) -> Any:
 _ODD = object()  # neither a number nor made of numbers
 _LARGE = 1000  # a list or dict that is longer is no setting
 _ATOMS = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
-_UNSEEN = (Tensor, nn.Module, type, Callable, ModuleType)
+_UNSEEN: Any = (Tensor, nn.Module, type, Callable, ModuleType)
 _OWN = frozenset(nn.Module().__dict__) - {"training"}  # dicts of parameters, hooks, modules

@@ -23,11 +23,14 @@ class BatchPlan:
     whole: tuple[str, ...]
 
 
-def plan_batch(batch: Any, microbatches: int, over: str = "microbatches") -> BatchPlan:
+def plan_batch(
+    batch: Any, microbatches: int, over: str = "microbatches", rounds: int = 1
+) -> BatchPlan:
     """Find the batch size: the first dim that most tensor leaves share.
 
     Args:
         over: what the parts are for, in messages.
+        rounds: of which the number of parts must be a multiple, in messages.
 
     Raises: PipelineError when two sizes are equally frequent, or when the size does not
         divide by ``microbatches`` (the message lists the counts that do).
@@ -51,21 +54,24 @@ def plan_batch(batch: Any, microbatches: int, over: str = "microbatches") -> Bat
         )
     size = counts[0][0]
     if size % microbatches or size == 0:
-        fits = [n for n in range(1, size + 1) if size % n == 0]
+        fits = [n for n in range(rounds, size + 1, rounds) if size % n == 0]
+        which = f"{over} in {fits} | " if fits else ""
         raise PipelineError(
             f"cannot split a batch of {size} samples over {over}={microbatches}:"
             f" {size} % {microbatches} = {size % microbatches}\n"
-            f"  options: {over} in {fits} | a batch of {-(-size // microbatches) * microbatches}"
+            f"  options: {which}a batch of {-(-size // microbatches) * microbatches}"
         )
     split = tuple(n for n, x in sized if x.shape[0] == size)
     return BatchPlan(size, split, tuple(n for n, x in sized if x.shape[0] != size))
 
 
-def split_batch(batch: Any, microbatches: int, over: str = "microbatches") -> list[Any]:
+def split_batch(
+    batch: Any, microbatches: int, over: str = "microbatches", rounds: int = 1
+) -> list[Any]:
     """Return the microbatches of ``batch``: views of equal parts along the batch dim."""
     if microbatches == 1:
         return [batch]
-    size = plan_batch(batch, microbatches, over).size
+    size = plan_batch(batch, microbatches, over, rounds).size
     part = size // microbatches
 
     def cut(i: int, x: Any) -> Any:

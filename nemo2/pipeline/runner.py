@@ -102,7 +102,7 @@ class StageRunner(nn.Module):
         self._compiled: MutableMapping[StepPlan, dict[str, CompiledBlock]] = WeakIdKeyDictionary()
         self._compiled_alone: dict[str, CompiledBlock] = {}
         self._told: set[str] = set()
-        self._buffers: dict[str, Buffers] = {}
+        self._buffers_of_blocks: dict[str, Buffers] = {}
         self._ready = False
 
     @property
@@ -410,7 +410,7 @@ class StageRunner(nn.Module):
         before = [block.__dict__.get("forward") for block in blocks]
         for name, block in zip(names, blocks, strict=True):
             assert kind is not None
-            buffers = self._buffers.setdefault(name, Buffers(name, block))
+            buffers = self._buffers_of_blocks.setdefault(name, Buffers(name, block))
             block.__dict__["forward"] = recomputed(block, buffers, kind, self.axes)
         try:
             yield

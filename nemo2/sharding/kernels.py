@@ -35,9 +35,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return attention (..., m, d) and the log-sum-exp of each row's scores (..., m).
 
-    With a mask it is given as two numbers, (2, ..., m): the largest score, and what the sum adds to
-    it. Under a mask of huge negative numbers, rows that see nothing have all scores alike, and their
-    sum would be lost beside the score. A row that may look at no key gets zeros, and minus infinity.
+    With a mask it is given as two numbers, (2, ..., m): the largest score, and what the sum adds
+    to it. Under a mask of huge negative numbers, rows that see nothing have all scores alike, and
+    their sum would be lost beside the score. A row that may look at no key gets zeros, and minus
+    infinity.
 
     Args:
         causal: row i sees columns up to i + (columns - rows); then rows <= columns, and no mask.

@@ -96,7 +96,7 @@ def _inside(
 
 
 class Snapshot(dict[tuple[int, str], tuple[Tensor, int, Tensor | None]]):
-    """Buffers before a run of a block: by their place the tensor, its version, and a copy if any."""
+    """Buffers before a run of a block: by place the tensor, its version, and a copy if any."""
 
     def __init__(self, holders: Sequence[dict[str, Any]]) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Buffers:
         self._written: set[tuple[int, str]] | None = None  # not known before the first run
 
     def snapshot(self) -> Snapshot:
-        """Return what a run may change; before the first run that is all, for as long as it takes."""
+        """Return what a run may change; in the first run that is all, for as long as it takes."""
         found = Snapshot(self._holders)
         for i, held in enumerate(self._holders):
             for name, x in held.items():
@@ -141,9 +141,9 @@ class Buffers:
                 del before[place]
             elif tensor._version != version and copy is None:
                 raise Nemo2Error(
-                    f"remat: block '{self._name}' writes into its buffer '{name}' in some calls only,"
-                    " so that it cannot run again as it did\n"
-                    f"  options: self.{name} = self.{name} + ... instead of writing in place | remat=None"
+                    f"remat: block '{self._name}' writes into its buffer '{name}' in some calls"
+                    " only, so that it cannot run again as it did\n"
+                    f"  options: assign self.{name} instead of writing into it | remat=None"
                 )
         self._written = (self._written or set()) | {*before}
 
