@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -68,6 +68,7 @@ def test_sizes_that_do_not_fit(asked: Any, world: int, message: str) -> None:
         fit_sizes(asked, world)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.fixed_dictionaries({axis: st.integers(1, 12) for axis in AXES}),
     st.integers(1, 96),

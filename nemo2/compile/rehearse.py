@@ -20,6 +20,7 @@ from ..pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..randomness import draws
 from ..sharding.actions import Axes
 from ..sharding.dropout import Site
+from ..sharding.kept import version_of
 from ..sharding.tracing import Tracing, tracing
 from .slots import Contents, Slots, facts
 
@@ -121,7 +122,7 @@ def _seen(
         given = list(leaves)
         for i, fake in zip(tensors, fakes, strict=False):
             given[i] = fake
-        old = [fake._version for fake in fakes]
+        old = [version_of(fake) for fake in fakes]
         with mode, made.staged(state, fakes[len(tensors) :]), watch:
             result = forward(given)
             replaced = not slots.hold(fakes[len(tensors) :])
@@ -141,7 +142,7 @@ def _seen(
     odd = next((x for x in constants if not isinstance(x, _CONSTANTS)), None)
     if odd is not None:
         return f"it returns a {type(odd).__name__}"
-    written = tuple(i for i, (x, o) in enumerate(zip(fakes, old, strict=True)) if x._version > o)
+    written = tuple(i for i, (x, o) in enumerate(zip(fakes, old, strict=True)) if version_of(x) > o)
     if any(fakes[i].requires_grad for i in written):
         return "it writes into tensors what needs a gradient"
     kept = {id(x) for x in (*flat, *fakes)}

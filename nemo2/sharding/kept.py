@@ -20,6 +20,11 @@ _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 _BATCHED = torch.ops.aten.bmm.default
 
 
+def version_of(x: Tensor) -> int:
+    """Return how often ``x`` was written into; tensors of inference mode do not know it."""
+    return 0 if x.is_inference() else x._version
+
+
 class Kept:
     """The products and sums of one call of one block, in the order in which it made them.
 

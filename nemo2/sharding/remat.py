@@ -15,7 +15,7 @@ from ..errors import Nemo2Error
 from ..pipeline.absent import is_absent
 from ..pytree import tree_leaves
 from .actions import Axes
-from .kept import Kept
+from .kept import Kept, version_of
 from .modes import Watcher, pause, resume
 
 
@@ -130,16 +130,16 @@ class Buffers:
             for name, x in held.items():
                 if isinstance(x, Tensor) and not is_absent(x):
                     known = self._written is not None and (i, name) not in self._written
-                    found[i, name] = x, x._version, None if known else x.detach().clone()
+                    found[i, name] = x, version_of(x), None if known else x.detach().clone()
         return found
 
     def compare(self, before: Snapshot) -> None:
         """Keep of a snapshot what the run has changed."""
         for place, (tensor, version, copy) in list(before.items()):
             i, name = place
-            if tensor._version == version and self._holders[i][name] is tensor:
+            if version_of(tensor) == version and self._holders[i][name] is tensor:
                 del before[place]
-            elif tensor._version != version and copy is None:
+            elif version_of(tensor) != version and copy is None:
                 raise Nemo2Error(
                     f"remat: block '{self._name}' writes into its buffer '{name}' in some calls"
                     " only, so that it cannot run again as it did\n"
