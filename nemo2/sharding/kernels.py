@@ -10,7 +10,6 @@ memory by a fused kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -162,7 +161,7 @@ def _plain(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     k, v = as_many_heads(k, q), as_many_heads(v, q)
-    scores = _scores(q, k, mask, causal, scale)
+    scores = _scores(q, k, mask, causal, scale, _one_device_fuses(q, k, v, mask))
     top = scores.amax(-1, keepdim=True)
     weights = (scores - _finite(top)).exp_()
     total = weights.sum(-1, keepdim=True)
@@ -184,9 +183,12 @@ def _plain_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads = k.shape[-3] if k.ndim > 2 else 1
     k, v = as_many_heads(k, q), as_many_heads(v, q)
-    scores = _scores(q, k, mask, causal, scale)
+    fuses = _one_device_fuses(q, k, v, mask)
+    scores = _scores(q, k, mask, causal, scale, fuses)
     dtype = scores.dtype
-    for part in _sums(q, k, v, lse, mask):
+    # With it, gradients of rows that see nothing are those of weights of one each.
+    sums = lse.sum(0, keepdim=True) if fuses else lse if mask is not None else lse.unsqueeze(0)
+    for part in sums:
         scores = scores - _finite(part).to(dtype).unsqueeze(-1)
     weights = scores.exp_()
     wide = grad.to(dtype)
@@ -198,16 +200,14 @@ def _plain_backward(
     return ds @ k.to(dtype), _summed_heads(dk, heads), _summed_heads(dv, heads)
 
 
-def _sums(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, mask: Tensor | None) -> Sequence[Tensor]:
-    """Return what one device subtracts from the scores in backward.
+def _one_device_fuses(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Say whether torch on one device takes a fused kernel for a mask: it keeps one number a row.
 
-    Torch's fused kernels keep one number: under a mask of huge negative numbers, gradients of rows
-    that see nothing are those of weights of one each. Without them it keeps the weights.
+    Under a mask of huge negative numbers that shows in rows that see nothing.
     """
-    if mask is None:
-        return (lse,)
-    fused = q.ndim == 4 and torch._fused_sdp_choice(q, k, v, mask) != SDPBackend.MATH.value
-    return (lse[0] + lse[1],) if fused else (lse[0], lse[1])
+    if mask is None or q.ndim != 4:
+        return False
+    return bool(torch._fused_sdp_choice(q, k, v, mask) != SDPBackend.MATH.value)
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -224,13 +224,23 @@ def _scale(q: Tensor, scale: float | None) -> float:
     return 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    fuses: bool,
+) -> Tensor:
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = (q.to(dtype) * _scale(q, scale)) @ k.to(dtype).transpose(-1, -2)
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, -math.inf)
     elif mask is not None:
         scores = scores + mask.to(dtype)
+        if fuses and q.is_cuda:  # there scores are multiplied by log2(e), and the lowest overflow
+            lowest = torch.finfo(dtype).min / math.log2(math.e)
+            scores = scores.masked_fill(scores < lowest, -math.inf)
     if causal:
         rows, columns = scores.shape[-2:]
         seen = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
