@@ -72,12 +72,17 @@ def facts(block: nn.Module) -> tuple[Any, ...]:
     Numbers, strings, None and dtypes; also in lists, dicts and sets, and in objects that hold
     nothing else, such as a model's configuration.
     """
-    return tuple(
-        (i, name, fact)
-        for i, module in enumerate(block.modules())
-        for name, value in module.__dict__.items()
-        if name not in _OWN and (fact := _fact(value, 3)) is not _ODD
-    )
+    known: dict[int, Any] = {}  # modules share a configuration
+    found = []
+    for i, module in enumerate(block.modules()):
+        for name, value in module.__dict__.items():
+            if name in _OWN:
+                continue
+            if id(value) not in known:
+                known[id(value)] = _fact(value, 3)
+            if (fact := known[id(value)]) is not _ODD:
+                found.append((i, name, fact))
+    return tuple(found)
 
 
 class Contents:
