@@ -24,7 +24,7 @@ from ..sharding.actions import Axes
 from ..sharding.dropout import Site, is_running, next_row
 from .graph import Compiler, compiled_function
 from .rehearse import Rehearsal, cannot_compile, rehearse
-from .slots import Slots, facts
+from .slots import Contents, Slots, facts
 
 VARIANTS = 16  # kinds of inputs for which one block is compiled; more run eagerly
 
@@ -121,8 +121,10 @@ class CompiledBlock:
             args, kwargs = tree_unflatten(spec, list(given))
             return self.forward(*args, **kwargs)
 
+        before = Contents(self.block)
         rehearsal = rehearse(forward, self.block, self._slots, leaves, held, self.axes)
         if isinstance(rehearsal, str):
+            before.put_back()
             return self._eager(rehearsal)
         try:
             run = compiled_function(rehearsal, forward, leaves, held, self.compiler)

@@ -22,7 +22,7 @@ from ..sharding.actions import Axes
 from ..sharding.dropout import Site
 from ..sharding.kept import version_of
 from ..sharding.tracing import Tracing, tracing
-from .slots import Contents, Slots, facts
+from .slots import Slots, facts
 
 
 @dataclass(frozen=True)
@@ -93,23 +93,10 @@ def rehearse(
 ) -> Rehearsal | str:
     """Run a block on stand-ins; return what was seen, or why it must run eagerly.
 
+    What its code leaves in its modules is there afterwards: the caller puts it back.
+
     Communication: none.
     """
-    before = Contents(block)
-    seen = _seen(forward, block, slots, leaves, held, axes)
-    if isinstance(seen, str):
-        before.put_back()
-    return seen
-
-
-def _seen(
-    forward: Callable[[Sequence[Any]], Any],
-    block: nn.Module,
-    slots: Slots,
-    leaves: Sequence[Any],
-    held: Sequence[Tensor],
-    axes: Axes,
-) -> Rehearsal | str:
     # Shapes are static all the same: without an environment inductor's cache refuses its graphs.
     shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
     mode = FakeTensorMode(allow_non_fake_inputs=False, shape_env=shapes)

@@ -27,16 +27,14 @@ class Slots:
     names: tuple[tuple[tuple[int, int, str], ...], ...]
 
     def __init__(self, block: nn.Module) -> None:
-        found: dict[int, list[tuple[MutableMapping[str, Any], str]]] = {}
-        names: dict[int, list[tuple[int, int, str]]] = {}
+        found: dict[int, list[tuple[MutableMapping[str, Any], int, int, str]]] = {}
         for i, module in enumerate(block.modules()):
             for j, attributes in enumerate((module.__dict__, module._parameters, module._buffers)):
                 for key, value in attributes.items():
                     if isinstance(value, Tensor) and not is_absent(value):
-                        found.setdefault(id(value), []).append((attributes, key))
-                        names.setdefault(id(value), []).append((i, j, key))
-        self.places = tuple(tuple(same) for same in found.values())
-        self.names = tuple(tuple(same) for same in names.values())
+                        found.setdefault(id(value), []).append((attributes, i, j, key))
+        self.places = tuple(tuple((x[0], x[3]) for x in same) for same in found.values())
+        self.names = tuple(tuple(x[1:] for x in same) for same in found.values())
         self._first = tuple(same[0] for same in self.places)
 
     def read(self) -> list[Tensor]:
